@@ -1,0 +1,103 @@
+"""What flows between the parts: prompts, rollouts, batches. Data only, no behaviour.
+
+Shape suffixes: ``B`` sequences of a micro-batch, ``S`` positions (padded length of that micro-batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+
+class TokenRegion(IntEnum):
+    """What a position contributes to the loss (METHOD: every response position is exactly one of the last two)."""
+
+    NONE = 0
+    """Prompt or padding: no loss."""
+    GUIDANCE = 1
+    """The token to predict was written by the teacher (a prefix token, or an answer under SFT)."""
+    ON_POLICY = 2
+    """The token to predict was sampled from the student."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task. ``tokens`` are the ids of ``text``; ``answer`` is the reference answer as text, "" if there is none."""
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What the engine is asked to continue: prompt, then a teacher-written prefix (may be empty).
+
+    ``sample_id`` is unique over the whole run (it keys every random draw of this sample), so the same request gives
+    the same response whatever batch it is generated in.
+    """
+
+    sample_id: int
+    prompt: Prompt
+    prefix: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A finished trajectory: prompt + prefix (from ``request``) + the student's own ``response``.
+
+    ``response`` includes the end token where one was sampled; ``log_probs`` (nats, one per response token) are what
+    the engine computed when it sampled; ``finished`` is False where the token budget cut the response off.
+
+    Worked example: prompt ``12+7=``, teacher answer ``91<eos>`` (digits reversed), prefix of one token ``9``, student
+    continues ``1<eos>``: prefix = ids("9"), response = ids("1<eos>"), two log-probs, finished = True.
+    """
+
+    request: RolloutRequest
+    response: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Padded sequences, already shifted: position t of ``tokens_BS`` predicts ``labels_BS`` at t.
+
+    Worked example (prompt p0 p1, prefix g0, response r0 r1, padded to 6; * = no meaning):
+
+    ====================  ====  ====  ====  ====  ====  ====
+    tokens_BS             p0    p1    g0    r0    pad   pad
+    labels_BS             p1    g0    r0    r1    0     0
+    regions_BS            0     1     2     2     0     0
+    uniforms_BS           *     u     u     u     *     *
+    rollout_log_probs_BS  0     0     l0    l1    0     0
+    ====================  ====  ====  ====  ====  ====  ====
+    """
+
+    tokens_BS: torch.Tensor
+    """int64 ids the models read."""
+    labels_BS: torch.Tensor
+    """int64 ids the models predict; 0 where the region is NONE."""
+    regions_BS: torch.Tensor
+    """int64 ``TokenRegion`` of the label."""
+    uniforms_BS: torch.Tensor
+    """fp32 in [0, 1): the trust gate's draws, a function of (seed, step, sample id, position) alone."""
+    rollout_log_probs_BS: torch.Tensor
+    """fp32 nats: what the engine returned for on-policy labels, 0 elsewhere."""
+    weights_BS: torch.Tensor
+    """fp32 weight of each position's loss in the sum (1 under token normalisation); 0 where the region is NONE."""
+    sample_ids: tuple[int, ...]
+    """The sample of each row; -1 for a row that only pads the micro-batch."""
+    num_loss_terms: int
+    """This micro-batch's share of the global denominator (response positions, or sequences); 0 is allowed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One data-parallel rank's share of an optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    step: int
