@@ -1,0 +1,182 @@
+"""Rollouts to micro-batches: the one shift, the regions, the weights, and who gets which sequence.
+
+What a sample contributes (tokens, labels, regions, draws, weights) depends on the sample alone; the
+data-parallel split and the micro-batch size decide only which rows stand beside each other and how far they
+are padded.
+
+Shape suffixes: ``B`` sequences of a micro-batch, ``S`` positions (padded length of that micro-batch).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megatron_tropd.draws import Stream, uniforms
+from megatron_tropd.types import Batch, MicroBatch, Prompt, Rollout, RolloutRequest, TokenRegion
+
+Normalization = Literal["tokens", "sequences", "kept"]
+
+PADDING_SAMPLE = -1
+"""``sample_ids`` entry of a row that only pads a micro-batch."""
+
+
+def build_batch(
+    rollouts: Sequence[Rollout],
+    *,
+    step: int,
+    seed: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    pad_id: int,
+    max_sequence_length: int,
+    normalization: Normalization = "tokens",
+    pad_to_multiple_of: int = 1,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """One data-parallel rank's rollouts of a step as padded micro-batches, longest rows first.
+
+    There are ``num_micro_batches`` micro-batches of ``micro_batch_size`` rows (schedules want the same number
+    on every rank); places without a rollout are rows of padding with sample id -1. Rows of like length share
+    a micro-batch, which is padded to its own longest row, rounded up to a multiple of ``pad_to_multiple_of``
+    (the tensor-parallel size under sequence parallelism). Tensors are on ``device``.
+
+    ``normalization`` says what one loss term is: with ``tokens`` and ``kept`` every response position (weight
+    1; the training step itself counts the kept ones), with ``sequences`` every sequence with a response (the
+    weights of its n positions are 1/n). Nothing is divided by the number of terms here.
+
+    Raises ValueError where there are more rollouts than rows, or a sequence of more than
+    ``max_sequence_length`` tokens (its last token, which predicts nothing, included), or one without a
+    prompt.
+    """
+    num_rows = micro_batch_size * num_micro_batches
+    if len(rollouts) > num_rows:
+        raise ValueError(
+            f"{len(rollouts)} rollouts do not fit {num_micro_batches} micro-batches of {micro_batch_size}: "
+            "training.global_batch_size must be micro_batch_size x micro-batches x data-parallel size"
+        )
+    for rollout in rollouts:
+        _refuse_unusable(rollout, max_sequence_length)
+    longest_first = sorted(rollouts, key=lambda rollout: (-_num_tokens(rollout), rollout.request.sample_id))
+    rows = [*longest_first, *[None] * (num_rows - len(rollouts))]
+    groups = [rows[start : start + micro_batch_size] for start in range(0, num_rows, micro_batch_size)]
+    micro_batches = tuple(
+        _micro_batch(group, seed, pad_id, normalization, pad_to_multiple_of, device) for group in groups
+    )
+    return Batch(micro_batches, step)
+
+
+def split_for_rank[Item](
+    items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int
+) -> list[Item]:
+    """Rank ``rank``'s share of ``items`` over ``size`` data-parallel ranks: equal counts, similar lengths.
+
+    ``lengths`` are the expected costs of the items (tokens); every rank passes the same. Longest first, each
+    item goes to the rank with the least so far that still has room. The share keeps the order of ``items``.
+    Raises ValueError where the items do not divide evenly.
+    """
+    if len(items) % size:
+        raise ValueError(
+            f"{len(items)} sequences do not divide over {size} data-parallel ranks: "
+            "choose a global_batch_size that does"
+        )
+    # Stable, so that equal lengths are dealt in the order of the items.
+    longest_first = sorted(range(len(items)), key=lambda index: -lengths[index])
+    shares: list[list[int]] = [[] for _ in range(size)]
+    ranks_by_load = [(0, candidate) for candidate in range(size)]
+    for index in longest_first:
+        load, chosen = heapq.heappop(ranks_by_load)
+        shares[chosen].append(index)
+        if len(shares[chosen]) < len(items) // size:
+            heapq.heappush(ranks_by_load, (load + lengths[index], chosen))
+    return [items[index] for index in sorted(shares[rank])]
+
+
+def answers_as_rollouts(
+    prompts: Sequence[Prompt], *, encode: Callable[[str], list[int]], eos_id: int, first_sample_id: int
+) -> list[Rollout]:
+    """Reference answers as trajectories that are all prefix, so that SFT is guidance alone.
+
+    Each prefix is the encoded answer and the end token; the response is empty. Sample ids count from
+    ``first_sample_id``. Raises ValueError for a prompt without a reference answer.
+    """
+    rollouts = []
+    for index, prompt in enumerate(prompts):
+        if not prompt.answer:
+            raise ValueError(f"prompt {prompt.id!r} has no reference answer: SFT needs one for every prompt")
+        request = RolloutRequest(first_sample_id + index, prompt, (*encode(prompt.answer), eos_id))
+        rollouts.append(Rollout(request, response=(), log_probs=(), finished=True))
+    return rollouts
+
+
+def _num_tokens(rollout: Rollout) -> int:
+    return len(rollout.request.prompt.tokens) + len(rollout.request.prefix) + len(rollout.response)
+
+
+def _refuse_unusable(rollout: Rollout, max_sequence_length: int) -> None:
+    sample_id, num_tokens = rollout.request.sample_id, _num_tokens(rollout)
+    assert len(rollout.log_probs) == len(rollout.response), (
+        f"sample {sample_id}: one log-prob for each response token"
+    )
+    if not rollout.request.prompt.tokens:
+        raise ValueError(f"sample {sample_id}: its prompt has no tokens, so nothing predicts the first one")
+    if num_tokens > max_sequence_length:
+        raise ValueError(
+            f"sample {sample_id}: {num_tokens} tokens, but the models are built for {max_sequence_length} "
+            "(data.max_prompt_length + rollout.max_response_length): raise a budget or shorten the answer"
+        )
+
+
+def _micro_batch(
+    rows: Sequence[Rollout | None],
+    seed: int,
+    pad_id: int,
+    normalization: Normalization,
+    pad_to_multiple_of: int,
+    device: torch.device | str,
+) -> MicroBatch:
+    # A position at least: a micro-batch of padding alone still runs through the models.
+    num_positions = max(1, max(_num_tokens(row) - 1 if row else 0 for row in rows))
+    num_positions += -num_positions % pad_to_multiple_of
+    shape = (len(rows), num_positions)
+    tokens_BS = np.full(shape, pad_id, dtype=np.int64)
+    labels_BS = np.zeros(shape, dtype=np.int64)
+    regions_BS = np.full(shape, TokenRegion.NONE, dtype=np.int64)
+    log_probs_BS = np.zeros(shape, dtype=np.float32)
+    weights_BS = np.zeros(shape, dtype=np.float32)
+    for row, rollout in enumerate(rows):
+        if rollout is None:
+            continue  # stays padding
+        prompt, prefix, response = rollout.request.prompt.tokens, rollout.request.prefix, rollout.response
+        trajectory = np.array([*prompt, *prefix, *response], dtype=np.int64)
+        # The one shift: position t reads token t and predicts token t + 1.
+        start, end = len(prompt) - 1, len(trajectory) - 1
+        tokens_BS[row, :end] = trajectory[:-1]
+        labels_BS[row, start:end] = trajectory[1:][start:]
+        regions_BS[row, start : start + len(prefix)] = TokenRegion.GUIDANCE
+        regions_BS[row, start + len(prefix) : end] = TokenRegion.ON_POLICY
+        log_probs_BS[row, start + len(prefix) : end] = rollout.log_probs
+        weights_BS[row, start:end] = 1.0 / max(1, end - start) if normalization == "sequences" else 1.0
+    sample_ids = tuple(PADDING_SAMPLE if row is None else row.request.sample_id for row in rows)
+    terms_BS = regions_BS != TokenRegion.NONE
+    return MicroBatch(
+        tokens_BS=torch.from_numpy(tokens_BS).to(device),
+        labels_BS=torch.from_numpy(labels_BS).to(device),
+        regions_BS=torch.from_numpy(regions_BS).to(device),
+        uniforms_BS=_gate_uniforms(seed, sample_ids, num_positions).to(device),
+        rollout_log_probs_BS=torch.from_numpy(log_probs_BS).to(device),
+        weights_BS=torch.from_numpy(weights_BS).to(device),
+        sample_ids=sample_ids,
+        num_loss_terms=int(terms_BS.any(axis=1).sum() if normalization == "sequences" else terms_BS.sum()),
+    )
+
+
+def _gate_uniforms(seed: int, sample_ids: Sequence[int], num_positions: int) -> torch.Tensor:
+    """fp32 ``[B, S]``: the draw at t belongs to the token predicted there, the trajectory's token t + 1."""
+    return uniforms(
+        seed, Stream.GATE, torch.tensor(sample_ids).unsqueeze(1), torch.arange(1, num_positions + 1)
+    )

@@ -1,0 +1,273 @@
+"""Text to ids and back; prompt files; the order in which prompts come.
+
+Ids are the text's alone: no beginning-of-text and no end-of-text token is added by ``encode``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from megatron_tropd.draws import Stream, uniforms
+from megatron_tropd.jsonl import DataError, kind_of, read_objects
+from megatron_tropd.types import Prompt
+
+PAD_ID = 0
+EOS_ID = 1
+FIRST_CHARACTER_ID = 2
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer. Ids are in [0, vocab_size)."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a response."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills padding; it carries no loss."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything that decides ids: equal fingerprints, equal ids for every text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``. Raises ValueError where the tokenizer cannot express it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; padding and end of text are nothing. Raises ValueError for an id out of range."""
+
+
+class CharacterTokenizer:
+    """One id per character: 0 is padding, 1 end of text, the alphabet's characters follow from 2 in order."""
+
+    eos_id = EOS_ID
+    pad_id = PAD_ID
+
+    def __init__(self, alphabet: str):
+        """Raises ValueError for an alphabet that is empty or has a character twice."""
+        repeated = sorted({character for character in alphabet if alphabet.count(character) > 1})
+        if not alphabet or repeated:
+            found = f"{repeated} more than once" if repeated else "none"
+            raise ValueError(f"tokenizer.alphabet must list different characters, found {found}: correct it")
+        self.alphabet = alphabet
+        self.vocab_size = FIRST_CHARACTER_ID + len(alphabet)
+        self.fingerprint = _fingerprint(b"characters", json.dumps([PAD_ID, EOS_ID, alphabet]).encode())
+        self._ids = {character: index for index, character in enumerate(alphabet, start=FIRST_CHARACTER_ID)}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; ValueError names a character that the alphabet lacks."""
+        unknown = next((character for character in text if character not in self._ids), None)
+        if unknown is not None:
+            raise ValueError(
+                f"character {unknown!r} (U+{ord(unknown):04X}) is not in the tokenizer's alphabet "
+                f"{self.alphabet!r}: add it to tokenizer.alphabet or take it out of the text"
+            )
+        return [self._ids[character] for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; padding and end of text are nothing."""
+        _check_ids(ids, self.vocab_size)
+        return "".join(
+            self.alphabet[index - FIRST_CHARACTER_ID] for index in ids if index >= FIRST_CHARACTER_ID
+        )
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file. A text it cannot express becomes its unknown id, as SentencePiece does.
+
+    A model without a padding id is padded with its end-of-text id: padding carries no loss.
+    """
+
+    def __init__(self, model_path: str | Path):
+        """Raises ValueError where sentencepiece or the file is missing, or the model has no end token."""
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ValueError(
+                "tokenizer.kind=sentencepiece needs a package: pip install megatron-tropd[data]"
+            ) from error
+        try:
+            model = Path(model_path).read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except OSError as error:
+            raise ValueError(
+                f"cannot read tokenizer.model {model_path}: {error.strerror}; check the path"
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(
+                f"tokenizer.model {model_path} is not a SentencePiece model ({error})"
+            ) from error
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"tokenizer.model {model_path} has no end-of-text id: train it with eos_id set")
+        self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.fingerprint = _fingerprint(b"sentencepiece", model)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+        return list(self._processor.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; padding and end of text are nothing."""
+        _check_ids(ids, self.vocab_size)
+        return str(
+            self._processor.decode([index for index in ids if index not in (self.eos_id, self.pad_id)])
+        )
+
+
+def build_tokenizer(
+    kind: Literal["characters", "sentencepiece"], alphabet: str, model: str | None
+) -> Tokenizer:
+    """The tokenizer of a config: ``alphabet`` for characters, ``model`` (a path) for sentencepiece."""
+    if kind == "characters":
+        return CharacterTokenizer(alphabet)
+    if kind != "sentencepiece":
+        raise ValueError(f"tokenizer.kind {kind!r} is unknown: characters or sentencepiece")
+    if model is None:
+        raise ValueError("tokenizer.kind=sentencepiece needs tokenizer.model, the path of a .model file")
+    return SentencePieceTokenizer(model)
+
+
+def read_prompts(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_prompt_length: int,
+    long_prompts: Literal["refuse", "skip"],
+    *,
+    max_answer_length: int | None = None,
+) -> tuple[list[Prompt], int]:
+    """Prompts of a JSONL file, in its order, and how many were skipped for their length.
+
+    A line is ``{"prompt": str, "answer": str (optional), "id": str (optional: the line number)}``; other keys
+    are ignored. Lengths are in tokens. ``long_prompts`` says whether a line over budget is refused or skipped
+    and counted. With ``max_answer_length`` (what SFT trains on) every line needs an answer, of at most that
+    many tokens with its end token. Raises DataError with file and line for anything else, and for a file with
+    no prompt to use.
+    """
+    prompts: list[Prompt] = []
+    lines_of_ids: dict[str, int] = {}
+    num_skipped = 0
+    for number, line in read_objects(path):
+        where = f"{path}:{number}"
+        prompt = _parse_prompt(line, where, number, tokenizer)
+        if prompt.id in lines_of_ids:
+            raise DataError(
+                f"{where}: id {prompt.id!r} is taken by line {lines_of_ids[prompt.id]}: ids must differ"
+            )
+        lines_of_ids[prompt.id] = number
+        excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length)
+        if excess and long_prompts == "refuse":
+            raise DataError(f"{where}: {excess}; shorten it, raise the budget, or set data.long_prompts=skip")
+        if excess:
+            num_skipped += 1
+        else:
+            prompts.append(prompt)
+    if not prompts:
+        found = (
+            f"all {num_skipped} prompts are over the length budget" if num_skipped else "the file is empty"
+        )
+        raise DataError(f"{path}: no prompt to use: {found}")
+    return prompts, num_skipped
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Endless shuffled epochs over ``num_prompts`` prompts: a resumed run needs only its position.
+
+    Epoch e (positions e * num_prompts to (e + 1) * num_prompts - 1) is a permutation that depends on (seed,
+    e) alone.
+    """
+
+    num_prompts: int
+    seed: int
+
+    def indices(self, start: int, count: int) -> list[int]:
+        """Prompt indices at the positions [start, start + count)."""
+        pairs = (divmod(position, self.num_prompts) for position in range(start, start + count))
+        return [_epoch_permutation(self.seed, epoch, self.num_prompts)[offset] for epoch, offset in pairs]
+
+
+@lru_cache(maxsize=2)
+def _epoch_permutation(seed: int, epoch: int, num_prompts: int) -> list[int]:
+    keys = uniforms(seed, Stream.PROMPT_ORDER, epoch, torch.arange(num_prompts))
+    return torch.argsort(keys, stable=True).tolist()
+
+
+def _parse_prompt(line: dict[str, Any], where: str, number: int, tokenizer: Tokenizer) -> Prompt:
+    text = _string(line, "prompt", where, default="")
+    if not text.strip():
+        state = "is empty" if "prompt" in line else "is missing"
+        raise DataError(f'{where}: "prompt" {state}: every line needs a text under that key')
+    identifier = _string(line, "id", where, default=str(number))
+    if not identifier:
+        raise DataError(f'{where}: "id" is empty: leave it out (the line number is taken) or give one')
+    answer = _string(line, "answer", where, default="")
+    try:
+        tokens = tokenizer.encode(text)
+        # A reference answer that the tokenizer cannot express can be neither learned nor met.
+        tokenizer.encode(answer)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    if not tokens:
+        raise DataError(f'{where}: "prompt" {text!r} has no tokens under this tokenizer: remove the line')
+    return Prompt(id=identifier, text=text, tokens=tuple(tokens), answer=answer)
+
+
+def _string(line: dict[str, Any], key: str, where: str, *, default: str) -> str:
+    value = line.get(key, default)
+    if not isinstance(value, str):
+        raise DataError(
+            f'{where}: "{key}" must be a string, found {kind_of(value)}: put it in quotes or leave it out'
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(
+            f'{where}: "{key}" has half of a surrogate pair, which is not text: repair the escape \\uD8..'
+        )
+    return value
+
+
+def _over_budget(
+    prompt: Prompt, where: str, tokenizer: Tokenizer, max_prompt_length: int, max_answer_length: int | None
+) -> str:
+    """What is longer than its budget, "" if nothing is."""
+    num_tokens = len(prompt.tokens)
+    if num_tokens > max_prompt_length:
+        return (
+            f"the prompt has {num_tokens} tokens, the budget (data.max_prompt_length) is {max_prompt_length}"
+        )
+    if max_answer_length is None:
+        return ""
+    if not prompt.answer:
+        raise DataError(
+            f'{where}: "answer" is missing or empty: training on reference answers needs one on every line'
+        )
+    answer_length = len(tokenizer.encode(prompt.answer)) + 1
+    if answer_length > max_answer_length:
+        return f"the answer has {answer_length} tokens with its end token, the budget is {max_answer_length}"
+    return ""
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    wrong = next((index for index in ids if not 0 <= index < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"id {wrong} is not in [0, {vocab_size}), the tokenizer's ids: was it another tokenizer's?"
+        )
+
+
+def _fingerprint(kind: bytes, content: bytes) -> str:
+    return hashlib.sha256(kind + b"\0" + content).hexdigest()
