@@ -1,0 +1,112 @@
+"""The teacher's exact top-k over vocabulary shards, with the student's logits there.
+
+The order is total: value descending, then id ascending. Low-precision logits tie at the k-th value often, and without
+the second criterion the chosen ids would depend on how many ranks share the vocabulary.
+
+Shape suffixes: ``T`` tokens, ``O`` rows whose top-k is needed, ``C`` rows of one chunk, ``V`` vocabulary shard,
+``M`` candidates of a row, ``K`` top-k, ``P`` ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.vocab_parallel.shards import TeacherColumns, chunks, columns_of, gather
+
+_LOW = 0xFFFFFFFF
+_NO_KEY = torch.iinfo(torch.int64).min
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's top-k in the total order; logits in fp32, the same bits on every rank."""
+
+    ids_OK: torch.Tensor
+    """int32 global ids."""
+    teacher_logits_OK: torch.Tensor
+    student_logits_OK: torch.Tensor
+
+
+def global_top_k(
+    student_logits_TV: torch.Tensor,
+    teacher: TeacherColumns,
+    rows_O: torch.Tensor,
+    held: range,
+    top_k: int,
+    group: dist.ProcessGroup | None,
+) -> TopK:
+    """The ``top_k`` largest teacher logits of each row over the ids of all ranks. One collective, 12 B a candidate.
+
+    ``held`` are the ids of the student's shard and ``teacher`` is aligned to it for exactly ``rows_O``. ``top_k`` must
+    not exceed the ids of all ranks together; one rank may hold fewer.
+    """
+    keys_OK = local_top_k(teacher, student_logits_TV, rows_O, held, top_k)
+    columns_OK, owned_OK = columns_of(_ids(keys_OK), held)
+    student_OK = student_logits_TV[rows_O[:, None], columns_OK].float().where(owned_OK, 0)
+    # Keys (two words) and logits (one) travel as one int32 tensor.
+    payload = torch.cat((keys_OK.view(torch.int32), student_OK.view(torch.int32)), -1)
+    shards_PO = gather(payload, group)
+    keys_OM = (
+        shards_PO[..., : 2 * top_k]
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.int64)
+        .movedim(0, 1)
+        .flatten(1)
+    )
+    student_OM = shards_PO[..., 2 * top_k :].contiguous().view(torch.float32).movedim(0, 1).flatten(1)
+    keys_OK, order_OK = keys_OM.topk(top_k, dim=-1)
+    return TopK(_ids(keys_OK).int(), _values(keys_OK), student_OM.gather(1, order_OK))
+
+
+def local_top_k(
+    teacher: TeacherColumns, logits_TV: torch.Tensor, rows_O: torch.Tensor, held: range, top_k: int
+) -> torch.Tensor:
+    """This shard's best ``top_k`` candidates of each row as int64 keys ``[O, K]``, largest first.
+
+    A key orders like (value descending, id ascending) and holds both. Ranks with fewer ids fill up with the smallest
+    key there is. ``logits_TV`` only gives the size of a chunk.
+    """
+    keys_OK = torch.full((rows_O.shape[0], top_k), _NO_KEY, dtype=torch.int64, device=rows_O.device)
+    count = min(top_k, len(held))
+    if count:
+        for chunk in chunks(rows_O, logits_TV, bytes_per_element=8):
+            keys_CM = _candidates(teacher.read(chunk), held.start, count)
+            keys_OK[chunk.span, :count] = keys_CM.topk(count, dim=-1).values
+    return keys_OK
+
+
+def _candidates(logits_CV: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
+    """Keys of every logit that is no smaller than its row's ``count``-th largest: all ties are in, ``[C, M]``.
+
+    Keys for the whole row would cost several passes over 8-byte words; the candidates are little more than ``count``.
+    """
+    least_C = logits_CV.topk(count, dim=-1, sorted=False).values.amin(-1)
+    rows, columns = (logits_CV >= least_C[:, None]).nonzero(as_tuple=True)
+    per_row_C = torch.bincount(rows, minlength=logits_CV.shape[0])
+    num_candidates = max(int(per_row_C.max()), count)
+    places = torch.arange(rows.shape[0], device=rows.device) - (per_row_C.cumsum(0) - per_row_C)[rows]
+    keys_CM = rows.new_full((logits_CV.shape[0], num_candidates), _NO_KEY)
+    keys_CM[rows, places] = _keys(logits_CV[rows, columns], columns + first_id)
+    return keys_CM
+
+
+def _keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """int64: the fp32 value as an order-preserving integer in the high word, the id's complement in the low word."""
+    # -0.0 + 0.0 is 0.0: equal values must have equal bits.
+    return (_sortable((values + 0.0).view(torch.int32)).long() << 32) | (_LOW - ids)
+
+
+def _sortable(bits: torch.Tensor) -> torch.Tensor:
+    """fp32 bits to an int32 of the same order, and back: negative floats have their magnitude bits flipped."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _ids(keys: torch.Tensor) -> torch.Tensor:
+    return _LOW - (keys & _LOW)
+
+
+def _values(keys: torch.Tensor) -> torch.Tensor:
+    return _sortable((keys >> 32).int()).view(torch.float32)
