@@ -1,0 +1,151 @@
+"""Megatron-Core, unmodified, on a machine without CUDA.
+
+Megatron asks for CUDA by name in many places (``device="cuda"``, ``torch.cuda.current_device()``, ``tensor.cuda()``).
+``install`` sends those requests to the CPU: a ``TorchFunctionMode`` rewrites the device of torch calls, and a few
+``torch.cuda`` functions get stand-ins. The same program then runs over gloo. With a GPU present nothing is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    dtype: f"torch.cuda.{name}"
+    for dtype, name in (
+        (torch.float32, "FloatTensor"),
+        (torch.float64, "DoubleTensor"),
+        (torch.float16, "HalfTensor"),
+        (torch.bfloat16, "BFloat16Tensor"),
+        (torch.uint8, "ByteTensor"),
+        (torch.int32, "IntTensor"),
+        (torch.int64, "LongTensor"),
+        (torch.bool, "BoolTensor"),
+    )
+}
+_installed: list[TorchFunctionMode] = []
+
+
+def install() -> bool:
+    """Make CUDA requests land on the CPU if this machine has no CUDA; return whether the CPU backend is active.
+
+    Call before anything of Megatron is used. Calling again does nothing.
+    """
+    if torch.cuda.is_available():
+        return False
+    if not _installed:
+        # Megatron fuses small functions with torch.compile, which on a CPU costs minutes of compilation per process.
+        torch._dynamo.config.disable = True
+        import megatron.core  # noqa: F401  (dynamo indexes torch.cuda when first imported: before the stand-ins)
+
+        _replace_cuda_functions()
+        mode = _CudaRequestsToCpu()
+        mode.__enter__()
+        _installed.append(mode)
+        _replace_megatron_functions()
+    return True
+
+
+class _CudaRequestsToCpu(TorchFunctionMode):
+    """Rewrite ``cuda`` devices in torch calls; answer ``Tensor.type()`` with the CUDA name Megatron compares with."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_TYPE_NAMES[args[0].dtype]
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _Stream:
+    """A stream of a device that finishes every operation before it returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    synchronize = wait_stream = wait_event = record_event = _nothing
+
+    def query(self) -> bool:
+        """All work is always done."""
+        return True
+
+
+class _Event:
+    """A time stamp: with nothing asynchronous, recording is reading the clock."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, *_: Any) -> None:
+        """Take the time."""
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end._seconds - self._seconds) * 1e3
+
+    def wait(self, *_: Any) -> None:
+        """Nothing is pending."""
+
+    synchronize = wait
+
+    def query(self) -> bool:
+        """All work is always done."""
+        return True
+
+
+def _replace_cuda_functions() -> None:
+    stream = _Stream()
+    nothing = stream._nothing
+    stand_ins: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: stream,
+        "stream": lambda *_: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "is_current_stream_capturing": lambda: False,
+        "max_memory_allocated": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing)
+
+
+def _replace_megatron_functions() -> None:
+    """Two Megatron helpers go around ``torch.cuda`` and need stand-ins of their own."""
+    from megatron.core.inference import communication_utils
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    communication_utils._is_cuda = lambda tensor: None

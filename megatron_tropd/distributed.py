@@ -1,0 +1,115 @@
+"""Process groups, device and seeds: the one module that reads Megatron's ``parallel_state``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd import cpu
+
+ON_CPU = cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402  (after the CPU backend)
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place: process groups and sizes, for everything above."""
+
+    groups: ProcessGroupCollection
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer and computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes files."""
+        return self.rank == 0
+
+    @property
+    def is_model_replica_leader(self) -> bool:
+        """One rank for each data-parallel replica: first tensor-parallel rank of the last stage."""
+        return self.is_last_stage and self.tensor_parallel_rank == 0
+
+
+def initialize(
+    *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int, timeout_minutes: int
+) -> Layout:
+    """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them a single
+    process forms a group of its own.
+    """
+    if "RANK" not in os.environ:
+        # Port 0: the store binds a free port, so two runs on one machine do not meet.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+    device = cpu.CPU if ON_CPU else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if not ON_CPU:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if ON_CPU else "nccl", timeout=timedelta(minutes=timeout_minutes))
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    seed_everything(seed)
+    return current_layout(device)
+
+
+def world_size() -> int:
+    """Number of processes torchrun started; 1 without it. Known before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def current_layout(device: torch.device) -> Layout:
+    """The layout of the groups that are initialised now."""
+    return Layout(
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        device=device,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and Megatron's tensor-parallel generators. Weights do not depend on this layout-bound seed alone:
+    ``models`` initialises them layout-independently."""
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def finish() -> None:
+    """Tear down groups, so that no process is left waiting."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

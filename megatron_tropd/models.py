@@ -1,0 +1,222 @@
+"""Student and teacher as Megatron models: architecture from the config, weights independent of the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.distributed import ON_CPU, Layout
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+logger = logging.getLogger(__name__)
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:
+    """The embedding's row count: ``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel_size``."""
+    multiple = divisible_by * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_model(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    dtype: torch.dtype,
+    seed: int,
+    recompute: bool = False,
+) -> GPTModel:
+    """This rank's slice of a model with freshly initialised weights.
+
+    ``vocab_size`` is the true size, before padding; ``max_sequence_length`` in tokens; ``recompute`` trades the memory
+    of activations for a second forward. The weights are a function of ``seed`` and the parameter's name alone, so
+    every parallel layout starts from the same model.
+    """
+    transformer_config = build_transformer_config(config, layout, dtype=dtype, recompute=recompute)
+    model = GPTModel(
+        config=transformer_config,
+        transformer_layer_spec=choose_layer_spec(config),
+        vocab_size=padded_vocab_size(
+            vocab_size,
+            divisible_by=config.make_vocab_size_divisible_by,
+            tensor_parallel_size=layout.tensor_parallel_size,
+        ),
+        max_sequence_length=max_sequence_length,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        rope_scaling=config.rope_scaling_factor is not None,
+        rope_scaling_factor=config.rope_scaling_factor or 1.0,
+        pg_collection=layout.groups,
+    )
+    model.to(device=layout.device, dtype=dtype)
+    initialize_weights(model, layout, vocab_size=vocab_size, std=config.init_method_std, seed=seed)
+    return model
+
+
+def build_teacher(
+    config: ModelConfig, layout: Layout, *, vocab_size: int, max_sequence_length: int, dtype: torch.dtype, seed: int
+) -> GPTModel:
+    """``build_model`` for the frozen judge: no gradients, evaluation mode."""
+    teacher = build_model(
+        config, layout, vocab_size=vocab_size, max_sequence_length=max_sequence_length, dtype=dtype, seed=seed
+    )
+    return teacher.requires_grad_(False).eval()
+
+
+def build_transformer_config(
+    config: ModelConfig, layout: Layout, *, dtype: torch.dtype, recompute: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of one model in this layout.
+
+    ``calculate_per_token_loss`` makes Megatron sum gradients over micro-batches and data-parallel ranks and divide
+    once by the global number of loss terms. Sequence lengths may differ between micro-batches.
+    """
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        normalization=config.normalization,
+        layernorm_epsilon=config.layernorm_epsilon,
+        gated_linear_unit=config.swiglu,
+        activation_func=F.silu if config.swiglu else F.gelu,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        num_layers_in_first_pipeline_stage=config.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=config.num_layers_in_last_pipeline_stage,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        attention_backend=AttnBackend.local if not _use_transformer_engine() else AttnBackend.auto,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # Megatron checks it against variable_seq_lengths, experts or not
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=not ON_CPU,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=not ON_CPU,
+    )
+
+
+def choose_layer_spec(config: ModelConfig) -> ModuleSpec:
+    """TransformerEngine's layers where it works, Megatron's local ones elsewhere; says which in the log."""
+    if _use_transformer_engine():
+        logger.info("layer spec: transformer-engine")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    logger.info("layer spec: local (transformer-engine is not usable here)")
+    return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+
+
+def _use_transformer_engine() -> bool:
+    # transformer-engine without its CUDA libraries fails on import with errors of many kinds, so the question asked
+    # is Megatron's own: did the extension classes load?
+    if ON_CPU:
+        return False
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+# ----------------------------------------------------------------------------------------------- initial weights
+
+
+def initialize_weights(model: GPTModel, layout: Layout, *, vocab_size: int, std: float, seed: int) -> None:
+    """Fill every matrix with N(0, std), norms with 1 and biases with 0; the same model for every layout.
+
+    Each whole parameter is drawn from a generator keyed on (seed, global parameter name), then cut to this rank's
+    shard. Output projections are scaled by 1/sqrt(2 layers), Megatron's default. Padded vocabulary rows are 0.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        scale = std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            scale = std / math.sqrt(2.0 * config.num_layers)
+        whole = _draw_whole(_global_name(model, name), parameter, layout, vocab_size=vocab_size, seed=seed)
+        glu = config.gated_linear_unit and name.endswith("linear_fc1.weight")
+        shard = _shard(whole * scale, parameter, layout, num_blocks=2 if glu else 1)
+        parameter.data.copy_(shard)
+
+
+def _global_name(model: GPTModel, name: str) -> str:
+    """The parameter's name with the layer counted over the whole model; tied output weights share the embedding's."""
+    if match := re.search(r"decoder\.layers\.(\d+)\.", name):
+        layer = model.decoder.layers[int(match.group(1))].layer_number - 1
+        return name.replace(match.group(0), f"decoder.layers.{layer}.")
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name
+
+
+def _draw_whole(name: str, parameter: torch.Tensor, layout: Layout, *, vocab_size: int, seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= layout.tensor_parallel_size
+    if "embedding" not in name and "output_layer" not in name:
+        return torch.randn(shape, generator=generator)
+    rows = torch.randn([vocab_size, *shape[1:]], generator=generator)
+    return torch.cat([rows, rows.new_zeros(shape[0] - vocab_size, *shape[1:])])
+
+
+def _shard(whole: torch.Tensor, parameter: torch.Tensor, layout: Layout, *, num_blocks: int) -> torch.Tensor:
+    """This rank's part; a gated projection is two blocks (gate, up), each cut on its own."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    size, rank = layout.tensor_parallel_size, layout.tensor_parallel_rank
+    blocks = whole.chunk(num_blocks, dim=parameter.partition_dim)
+    return torch.cat([b.chunk(size, dim=parameter.partition_dim)[rank] for b in blocks], dim=parameter.partition_dim)
+
+
+# ------------------------------------------------------------------------------------------------- inference traces
+
+
+def release_inference_state(model: GPTModel) -> None:
+    """Undo what generation leaves behind, so that the model can train again (the one place that does).
+
+    Tensors made in inference mode cannot take part in autograd, so the caches that keep them are emptied: RoPE tables,
+    and Megatron's global scratch buffer. A stage's received hidden state is dropped; training mode is restored where
+    the model trains.
+    """
+    get_global_memory_buffer().buffer.clear()
+    model.rotary_pos_emb.forward.cache_clear()
+    model.rotary_pos_emb_cache.clear()
+    model.decoder.input_tensor = None
+    model.train(any(parameter.requires_grad for parameter in model.parameters()))
