@@ -1,0 +1,269 @@
+"""Generation by Megatron inference on the trainer's own weights, continuing prompt + teacher prefix.
+
+DESIGN 6. The engine reads the very parameters the optimizer moves: no copy, nothing to synchronise. A
+response depends on (seed, sample id, prompt, prefix) alone, not on the batch it was generated in nor on the
+parallel layout, up to the rounding of matrix products: every token is the inverse CDF of the model's
+distribution at one counter-based uniform.
+
+Shape suffixes: ``B`` sequences of a static batch, ``S`` positions of prompt + prefix + response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import batched
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+
+from megatron_tropd.config import RolloutConfig
+from megatron_tropd.distributed import Layout
+from megatron_tropd.draws import Stream, uniforms
+from megatron_tropd.models import release_inference_state
+from megatron_tropd.sampling import sample_tokens
+from megatron_tropd.types import Rollout, RolloutRequest
+
+# isort: split
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.inference_request import InferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.gpt import GPTModel
+
+
+class RolloutEngine(Protocol):
+    """What the trainer, the teacher-answer generator and the evaluation ask to generate."""
+
+    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
+        """Continue every request to its end token or to ``max_response_length`` tokens of prefix + response.
+
+        The rollouts come in the order of the requests. Every rank of one model replica (tensor x pipeline
+        parallel) calls it with the same requests and gets the same rollouts; replicas are independent, one
+        may have none.
+        """
+        ...
+
+
+def build_engine(
+    model: GPTModel, layout: Layout, config: RolloutConfig, *, vocab_size: int, eos_id: int, seed: int
+) -> RolloutEngine:
+    """The engine this machine runs ``config`` with: the one place that chooses.
+
+    ``vocab_size`` is the number of ids student and teacher share; ``eos_id`` ends a response; ``seed`` keys
+    the draws.
+    """
+    return StaticEngine(
+        model,
+        layout,
+        vocab_size=vocab_size,
+        eos_id=eos_id,
+        max_batch_size=config.max_batch_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=seed,
+    )
+
+
+class StaticEngine:
+    """Megatron's static batching: a batch is prefilled to its shortest member, then decodes in step.
+
+    It drives Megatron's ``TextGenerationController`` directly. The ``StaticInferenceEngine`` around that adds
+    a scheduler of its own, reseeds torch's global generator and prints a progress bar at every call.
+
+    The KV cache covers the longest prompt + the budget for every sequence of a batch, and a finished sequence
+    is computed until the last one is: choose ``max_batch_size`` for both.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        layout: Layout,
+        *,
+        vocab_size: int,
+        eos_id: int,
+        max_batch_size: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+    ):
+        """``model`` is this rank's unwrapped slice, read anew at every ``generate``.
+
+        Only ids below ``vocab_size`` take part, in sampling and in log-probs. ``temperature`` 0 is greedy;
+        ``top_p`` 1 is off. Raises ValueError where a number makes no sense.
+        """
+        if temperature < 0.0 or not 0.0 < top_p <= 1.0 or max_batch_size < 1:
+            raise ValueError(
+                f"cannot sample with temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]), "
+                f"max_batch_size {max_batch_size} (>= 1)"
+            )
+        self.model = model
+        self.layout = layout
+        self.vocab_size = vocab_size
+        self.eos_id = eos_id
+        self.max_batch_size = max_batch_size
+        self.temperature = temperature
+        self.top_p = top_p
+        self.seed = seed
+
+    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
+        """See ``RolloutEngine``. A prefix that has its end token or fills the budget gets an empty response.
+
+        Raises ValueError, before anything runs, where a sequence could outgrow the model or a prefix its
+        budget, and afterwards where the model's logits were not finite. Leaves the model ready to train.
+        """
+        for request in requests:
+            self._refuse_what_does_not_fit(request, max_response_length)
+        rollouts = [
+            Rollout(request, response=(), log_probs=(), finished=request.prefix[-1:] == (self.eos_id,))
+            for request in requests
+        ]
+        waiting = [
+            index
+            for index, rollout in enumerate(rollouts)
+            if not rollout.finished and len(rollout.request.prefix) < max_response_length
+        ]
+        # Neighbours in length share a batch: it prefills to its shortest member, and steps from there.
+        waiting.sort(key=lambda index: _num_given_tokens(requests[index]))
+        try:
+            with InferenceMode.active():
+                for indices in batched(waiting, self.max_batch_size):
+                    batch = [requests[index] for index in indices]
+                    generated = self._generate_batch(batch, max_response_length)
+                    for index, rollout in zip(indices, generated, strict=True):
+                        rollouts[index] = rollout
+        finally:
+            release_inference_state(self.model)
+        return rollouts
+
+    def _refuse_what_does_not_fit(self, request: RolloutRequest, max_response_length: int) -> None:
+        prompt = request.prompt
+        if not prompt.tokens:
+            raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to continue")
+        if len(request.prefix) > max_response_length:
+            raise ValueError(
+                f"sample {request.sample_id}: a prefix of {len(request.prefix)} tokens exceeds "
+                f"max_response_length = {max_response_length}, the budget of prefix + response: "
+                "cut the one or raise the other"
+            )
+        if len(prompt.tokens) + max_response_length > self.model.max_sequence_length:
+            raise ValueError(
+                f"prompt {prompt.id!r} of {len(prompt.tokens)} tokens + max_response_length = "
+                f"{max_response_length} exceeds the model's longest sequence, "
+                f"{self.model.max_sequence_length}: shorten one of them"
+            )
+
+    def _generate_batch(self, requests: Sequence[RolloutRequest], max_response_length: int) -> list[Rollout]:
+        """Generate for requests that all have room for a token; the KV cache lives for this batch only."""
+        num_positions = max(len(request.prompt.tokens) for request in requests) + max_response_length
+        context = StaticInferenceContext(max_batch_size=len(requests), max_sequence_length=num_positions)
+        context.config.pg_collection = self.layout.groups
+        wrapper = GPTInferenceWrapper(self.model, context)
+        controller = _Controller(self, wrapper, requests, max_response_length)
+        longest = max(_num_given_tokens(request) for request in requests)
+        sampling_params = SamplingParams(num_tokens_to_generate=num_positions - longest)
+        controller.generate_all_output_tokens_static_batch(
+            {
+                row: InferenceRequest(
+                    request_id=row,
+                    prompt="",
+                    prompt_tokens=[*request.prompt.tokens, *request.prefix],
+                    sampling_params=sampling_params,
+                )
+                for row, request in enumerate(requests)
+            }
+        )
+        return controller.rollouts()
+
+
+class _Controller(TextGenerationController):
+    """Megatron's generation loop with our sampling, a budget for each request, and a record of both.
+
+    Megatron's own log-probs would make it form logits for every prompt token and run over padded ids; those
+    of the sampled tokens are taken where the token is.
+    """
+
+    def __init__(
+        self,
+        engine: StaticEngine,
+        wrapper: GPTInferenceWrapper,
+        requests: Sequence[RolloutRequest],
+        max_response_length: int,
+    ):
+        super().__init__(wrapper, tokenizer=SimpleNamespace(eod=engine.eos_id))
+        self.engine = engine
+        self.requests = requests
+        device = engine.layout.device
+        prompt_lengths_B = torch.tensor([len(request.prompt.tokens) for request in requests], device=device)
+        self.limits_B = prompt_lengths_B + max_response_length
+        """Where each sequence must end, as a position after its last token."""
+        self.ends_B = self.limits_B.clone()
+        """Where it did."""
+        sample_ids_B1 = torch.tensor([[request.sample_id] for request in requests], device=device)
+        positions_S = torch.arange(wrapper.inference_context.max_sequence_length, device=device)
+        self.uniforms_BS = uniforms(engine.seed, Stream.SAMPLING, sample_ids_B1, positions_S)
+        self.log_probs_BS = torch.zeros_like(self.uniforms_BS)
+        self.tokens_BS = torch.empty(0, dtype=torch.int64, device=device)
+
+    def sample_from_logits(self, last_token_logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Tokens ``[B]`` of the next position from logits ``[B, padded vocabulary]``, equal on every rank."""
+        engine = self.engine
+        position = self.inference_wrapped_model.inference_context.sequence_len_offset
+        tokens_B, self.log_probs_BS[:, position] = sample_tokens(
+            last_token_logits[:, : engine.vocab_size],
+            self.uniforms_BS[:, position],
+            temperature=engine.temperature,
+            top_p=engine.top_p,
+        )
+        return tokens_B
+
+    def update_generation_status(
+        self,
+        updated_prompts_tokens: torch.Tensor,
+        generation_started: torch.Tensor,
+        current_context_end_position: int,
+        is_generation_done_tensor: torch.Tensor,
+        generated_sequence_lengths: torch.Tensor,
+        termination_id: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B]`` flags: which sequences have their end token or have used up their budget.
+
+        The lengths stay 0: Megatron's, which leave the end token out, are not what ``rollouts`` reads.
+        """
+        self.tokens_BS = updated_prompts_tokens
+        end = current_context_end_position + 1
+        ended_B = (updated_prompts_tokens[:, end - 1] == termination_id) | (end >= self.limits_B)
+        ended_B &= generation_started & ~is_generation_done_tensor
+        self.ends_B = torch.where(ended_B, end, self.ends_B)
+        return is_generation_done_tensor | ended_B, generated_sequence_lengths
+
+    def detokenize_generations(self, *_: Any, **__: Any) -> tuple[str, None]:
+        """No text: rollouts are token ids."""
+        return "", None
+
+    def rollouts(self) -> list[Rollout]:
+        """What was generated, in the order of the requests; the end token belongs to the response."""
+        all_tokens, all_log_probs = self.tokens_BS.tolist(), self.log_probs_BS.tolist()
+        ends = self.ends_B.tolist()
+        rollouts = []
+        for row, request in enumerate(self.requests):
+            given, end = _num_given_tokens(request), ends[row]
+            response, log_probs = tuple(all_tokens[row][given:end]), tuple(all_log_probs[row][given:end])
+            if not all(map(math.isfinite, log_probs)):
+                raise ValueError(
+                    f"sample {request.sample_id}: the model's logits are not finite; its weights are broken"
+                )
+            rollouts.append(
+                Rollout(request, response, log_probs, finished=response[-1] == self.engine.eos_id)
+            )
+        return rollouts
+
+
+def _num_given_tokens(request: RolloutRequest) -> int:
+    """Tokens the engine starts from: prompt and prefix."""
+    return len(request.prompt.tokens) + len(request.prefix)

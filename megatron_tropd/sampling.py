@@ -1,0 +1,46 @@
+"""From logits and uniforms to tokens: the sampling rule, apart from any engine.
+
+Shape suffixes: ``B`` sequences, ``V`` the ids to choose from.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def sample_tokens(
+    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, *, temperature: float, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row by inverse CDF, and its log-prob.
+
+    ``logits_BV`` (any float dtype) cover exactly the ids to choose from; ``uniforms_B`` are in [0, 1).
+    Returns ``tokens_B`` (int64) and ``log_probs_B`` (fp32 nats, at temperature 1 and over all of V whatever
+    was sampled from: METHOD's pi). Temperature 0 is the argmax, the lowest id at a tie. ``top_p`` < 1 keeps
+    the fewest most probable ids whose mass reaches it. An id of probability 0 is never drawn. Computed in
+    float64, so that the running sum over a large vocabulary does not move the borders between ids.
+    """
+    logits_BV = logits_BV.double()
+    if temperature == 0.0:
+        tokens_B = logits_BV.argmax(dim=-1)
+    else:
+        probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
+        if top_p < 1.0:
+            probabilities_BV = _nucleus(probabilities_BV, top_p)
+        cdf_BV = probabilities_BV.cumsum(dim=-1)
+        mass_B1 = cdf_BV[:, -1:]
+        # right=True: the first id whose running sum exceeds the threshold, hence an id of positive
+        # probability. The clamp matters for rows that are not numbers alone; their log-prob tells.
+        tokens_B1 = torch.searchsorted(cdf_BV, uniforms_B.double().unsqueeze(1) * mass_B1, right=True)
+        tokens_B = tokens_B1.squeeze(1).clamp(max=cdf_BV.shape[1] - 1)
+    log_probs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - logits_BV.logsumexp(dim=-1)
+    return tokens_B, log_probs_B.float()
+
+
+def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero the probabilities outside the smallest set of most probable ids with mass ``top_p``.
+
+    Not renormalised.
+    """
+    descending_BV, ids_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    mass_before_BV = descending_BV.cumsum(dim=-1) - descending_BV
+    return torch.zeros_like(probabilities_BV).scatter_(1, ids_BV, descending_BV * (mass_before_BV < top_p))
