@@ -1,0 +1,190 @@
+"""What a step reports: sums that add up over micro-batches and data-parallel ranks, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_tropd.distributed import Layout
+from megatron_tropd.types import MicroBatch, Rollout, TokenRegion
+
+SUM_NAMES = (
+    "loss",
+    "loss_terms",
+    "guidance_tokens",
+    "on_policy_tokens",
+    "outlier",
+    "reward",
+    "p_trust",
+    "log_prob_gap",
+    "teacher_top_k_tokens",
+    "teacher_top_k_mass",
+    "outlier_forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+)
+"""Summed over positions; ``loss_terms`` is the denominator of the loss."""
+MAX_NAMES = ("negative_reward_max", "log_prob_gap_max")
+"""Reduced by maximum (the minimum reward is minus the maximum of its negative)."""
+
+
+def token_sums(
+    batch: MicroBatch, loss_N: torch.Tensor, loss_terms: torch.Tensor, report: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """One micro-batch's contribution, float64 ``[len(SUM_NAMES) + len(MAX_NAMES)]``, detached.
+
+    ``loss_N`` and the report's tensors hold one value for each position that carries loss, weighted as in the loss.
+    """
+    regions_N = batch.regions_BS[batch.regions_BS != TokenRegion.NONE]
+    on_policy_N = regions_N == TokenRegion.ON_POLICY
+    gap_N = (report["student_log_prob"] - batch.rollout_log_probs_BS[batch.regions_BS != TokenRegion.NONE]).abs()
+
+    def total(name: str, mask: torch.Tensor) -> torch.Tensor:
+        return report[name][mask].double().sum() if name in report else loss_N.new_zeros((), dtype=torch.float64)
+
+    has_top_k_N = report["teacher_top_k_mass"] > 0 if "teacher_top_k_mass" in report else torch.zeros_like(on_policy_N)
+    everywhere_N = torch.ones_like(on_policy_N)
+    sums = [
+        loss_N.double().sum(),
+        loss_terms.double(),
+        (~on_policy_N).double().sum(),
+        on_policy_N.double().sum(),
+        total("outlier", on_policy_N),
+        total("reward", on_policy_N),
+        total("p_trust", on_policy_N),
+        gap_N[on_policy_N].double().sum(),
+        has_top_k_N.double().sum(),
+        total("teacher_top_k_mass", has_top_k_N),
+        total("outlier_forward_kl", on_policy_N),
+        total("student_entropy", everywhere_N),
+        total("teacher_entropy", everywhere_N),
+    ]
+    maxima = [
+        _maximum(-report["reward"][on_policy_N]) if "reward" in report else _maximum(loss_N[:0]),
+        _maximum(gap_N[on_policy_N]),
+    ]
+    return torch.stack(sums + maxima).detach()
+
+
+def _maximum(values: torch.Tensor) -> torch.Tensor:
+    if values.numel() == 0:
+        return torch.full((), -torch.inf, dtype=torch.float64, device=values.device)
+    return values.double().max()
+
+
+def reduce_sums(micro_batch_sums: list[torch.Tensor], layout: Layout) -> dict[str, float]:
+    """Combine ``token_sums`` of all micro-batches and replicas; every rank of every stage returns the same numbers.
+
+    ``micro_batch_sums`` is empty on stages before the last.
+    """
+    size = len(SUM_NAMES) + len(MAX_NAMES)
+    sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=layout.device)
+    maxima = torch.full((len(MAX_NAMES),), -torch.inf, dtype=torch.float64, device=layout.device)
+    if micro_batch_sums:
+        stacked = torch.stack(micro_batch_sums)
+        assert stacked.shape[1] == size
+        sums, maxima = stacked[:, : len(SUM_NAMES)].sum(0), stacked[:, len(SUM_NAMES) :].amax(0)
+        dist.all_reduce(sums, group=layout.groups.dp_cp)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.groups.dp_cp)
+    packed = torch.cat([sums, maxima])
+    if layout.pipeline_size > 1:
+        last = dist.get_process_group_ranks(layout.groups.pp)[-1]
+        dist.broadcast(packed, src=last, group=layout.groups.pp)
+    return dict(zip(SUM_NAMES + MAX_NAMES, packed.tolist(), strict=True))
+
+
+def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """The logged values from the global sums: means over the positions each one is about.
+
+    ``loss`` (nats per loss term), ``outlier_share`` and ``p_trust`` over on-policy tokens, ``reward`` = mean R in nats
+    and ``reward_min``, ``teacher_top_k_mass`` over the rows that needed a top-k, ``outlier_forward_kl`` in nats per
+    outlier, entropies in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
+    = mean |trainer - engine| in nats, and its maximum.
+    """
+    on_policy = max(sums["on_policy_tokens"], 1.0)
+    response = max(sums["on_policy_tokens"] + sums["guidance_tokens"], 1.0)
+    any_on_policy = sums["on_policy_tokens"] > 0
+    return {
+        "loss": sums["loss"] / max(sums["loss_terms"], 1.0),
+        "outlier_share": sums["outlier"] / on_policy,
+        "reward": sums["reward"] / on_policy,
+        "reward_min": -sums["negative_reward_max"] if any_on_policy else 0.0,
+        "p_trust": sums["p_trust"] / on_policy,
+        "teacher_top_k_mass": sums["teacher_top_k_mass"] / max(sums["teacher_top_k_tokens"], 1.0),
+        "outlier_forward_kl": sums["outlier_forward_kl"] / max(sums["outlier"], 1.0),
+        "student_entropy": sums["student_entropy"] / response,
+        "teacher_entropy": sums["teacher_entropy"] / response,
+        "on_policy_share": sums["on_policy_tokens"] / response,
+        "response_tokens": response if any_on_policy or sums["guidance_tokens"] else 0.0,
+        "log_prob_gap": sums["log_prob_gap"] / on_policy,
+        "log_prob_gap_max": sums["log_prob_gap_max"] if any_on_policy else 0.0,
+    }
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], layout: Layout) -> dict[str, float]:
+    """Means over the global batch: tokens of teacher prefix and of response, and the share of finished sequences."""
+    sums = torch.tensor(
+        [
+            [len(rollout.request.prefix), len(rollout.response), float(rollout.finished), 1.0]
+            for rollout in rollouts
+        ]
+        or [[0.0] * 4],
+        dtype=torch.float64,
+        device=layout.device,
+    ).sum(0)
+    dist.all_reduce(sums, group=layout.groups.dp)
+    prefix, response, finished, count = sums.tolist()
+    count = max(count, 1.0)
+    return {"prefix_length": prefix / count, "response_length": response / count, "finished_share": finished / count}
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and TensorBoard of a run; writes on rank 0, does nothing elsewhere."""
+
+    def __init__(self, folder: Path, *, is_main: bool, first_step: int):
+        """Open the log to continue at ``first_step``: lines of steps that will be run again are dropped."""
+        self._path = folder / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_lines_from(self._path, first_step)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one line; ``values`` has a ``step``. A non-finite number becomes null, which JSON can express."""
+        if self._writer is None:
+            return
+        line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        for name, value in values.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a ``metrics.jsonl``; a last line cut off by a crash is ignored."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _drop_lines_from(path: Path, first_step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] < first_step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,113 @@
+"""Megatron's DistributedDataParallel, optimizer and learning-rate schedule, built from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_tropd.config import OptimizerConfig
+from megatron_tropd.distributed import Layout
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def wrap_data_parallel(
+    stage: torch.nn.Module, config: OptimizerConfig, layout: Layout, *, overlap: bool
+) -> DistributedDataParallel:
+    """Megatron DDP over the trainable parameters of ``stage``, whose student config learns where gradients go.
+
+    Gradients accumulate and reduce in fp32. ``overlap`` hides the reduction behind the backward pass.
+    """
+    model_config = stage.module.config
+    ddp = DistributedDataParallel(
+        config=model_config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_grad_reduce=overlap,
+        ),
+        module=stage,
+        pg_collection=layout.groups,
+    )
+    model_config.no_sync_func = ddp.no_sync
+    model_config.finalize_model_grads_func = finalize_model_grads
+    return ddp
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, config: OptimizerConfig, layout: Layout, *, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """AdamW through Megatron; with bf16 weights it keeps fp32 main weights."""
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.use_distributed_optimizer,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+        pg_collection=layout.groups,
+    )
+    ddp.module.module.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Megatron's ``load_state_dict``, made right for torch's Adam (used where neither TE nor Apex is installed).
+
+    Torch keeps the step count as one tensor per parameter. Megatron 0.19.2 looks it up among the saved tensors, where
+    it is not (it comes from the parameter groups), and hands one tensor to all parameters, which then count together.
+    """
+    inner_optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    for inner in inner_optimizers:
+        if isinstance(inner, DistributedOptimizer):
+            set_states = inner._set_main_param_and_optimizer_states
+            inner._set_main_param_and_optimizer_states = partial(_set_states_but_step, set_states)
+    optimizer.load_state_dict(state)
+    for inner in inner_optimizers:
+        if isinstance(inner, DistributedOptimizer):
+            del inner._set_main_param_and_optimizer_states
+        for parameter_state in inner.optimizer.state.values():
+            if isinstance(parameter_state.get("step"), torch.Tensor):
+                parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _set_states_but_step(
+    set_states: Callable[..., None], model_parameter: torch.nn.Parameter, tensors: dict[str, Any]
+) -> None:
+    set_states(model_parameter, {"step": None, **tensors})
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, *, train_iters: int
+) -> OptimizerParamScheduler:
+    """Learning rate over ``train_iters`` steps; one scheduler step per optimizer step."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if config.lr_warmup_iters else config.lr,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_iters,
+        lr_decay_steps=max(train_iters, config.lr_warmup_iters + 1),
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,152 @@
+"""Student and teacher as one pipeline stage: the module Megatron's schedule runs, and its communicator.
+
+At every stage the teacher's layers run under ``no_grad`` and the student's with gradient, on the same micro-batch.
+Forward, both hidden states travel to the next stage in one message; backward, the student's gradient alone.
+
+Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry loss, ``V`` vocabulary shard, ``H`` hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.types import MicroBatch, TokenRegion
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, Shape
+from megatron.core.transformer import TransformerConfig
+
+TEACHER_HIDDEN = "teacher_hidden_SBH"
+"""Attribute under which the teacher's hidden state rides on the student's, between forward step and communicator."""
+
+
+class StudentTeacherStage(torch.nn.Module):
+    """This pipeline stage's slice of the student and, when there is one, of the teacher.
+
+    ``module`` is the student: Megatron's helpers look through wrappers by that name, so they find the student's
+    config, embedding and output layer, and nothing of the teacher's.
+    """
+
+    def __init__(self, student: GPTModel, teacher: GPTModel | None):
+        super().__init__()
+        self.module = student
+        self.teacher = teacher
+        self.teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
+        """Take the previous stage's hidden states, the teacher's riding on the student's; None at the first stage."""
+        (received_SBH,) = input_tensor
+        self.module.set_input_tensor(received_SBH)
+        if self.teacher is not None:
+            self.teacher.set_input_tensor(getattr(received_SBH, TEACHER_HIDDEN, None))
+
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run both slices on one micro-batch.
+
+        Last stage: student and teacher logits ``[N, V]`` at the positions that carry loss, in row-major order of
+        ``batch.regions_BS``; prompt and padding positions never reach the output layers. Earlier stages: the hidden
+        states ``[S, B, H]``, the teacher's attached to the student's for the communicator.
+        """
+        teacher_output = self._run_teacher(batch)
+        student_output = _run_model(self.module, batch)
+        if teacher_output is not None and not self.module.post_process:
+            setattr(student_output, TEACHER_HIDDEN, teacher_output)
+        return student_output, teacher_output
+
+    def _run_teacher(self, batch: MicroBatch) -> torch.Tensor | None:
+        if self.teacher is None:
+            return None
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        with torch.no_grad():
+            output = _run_model(self.teacher, batch)
+        end.record()
+        self.teacher_events.append((start, end))
+        return output
+
+    def pop_teacher_seconds(self) -> float:
+        """Seconds this rank spent in the teacher's forward since the last call."""
+        events, self.teacher_events = self.teacher_events, []
+        if events:
+            torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def _run_model(model: GPTModel, batch: MicroBatch) -> torch.Tensor:
+    positions_BS = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device).expand_as(batch.tokens_BS)
+    # No attention mask: both layer specs are causal by type, and padding follows every token that carries loss.
+    return model(
+        batch.tokens_BS,
+        positions_BS,
+        attention_mask=None,
+        output_processor=_loss_position_logits,
+        output_processor_context=batch.regions_BS != TokenRegion.NONE,
+    )
+
+
+def _loss_position_logits(
+    *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """Megatron's ``output_processor``: logits ``[N, V]`` of the rows that ``context`` (bool ``[B, S]``) selects."""
+    rows_N1H = hidden_states.transpose(0, 1)[context].unsqueeze(1)
+    logits_N1V, _bias = output_layer(rows_N1H, weight=output_weight)
+    return logits_N1V.squeeze(1)
+
+
+class PairCommunicator(P2PCommunicator):
+    """Megatron's point-to-point communicator with a forward payload of two hidden states.
+
+    Forward messages are ``[S, B, H_student + H_teacher]``; backward messages stay the student's ``[S, B, H_student]``.
+    ``config`` is the student's and must have ``variable_seq_lengths`` (shapes travel with the messages).
+    """
+
+    def __init__(self, pp_group: dist.ProcessGroup, config: TransformerConfig):
+        assert config.variable_seq_lengths
+        super().__init__(pp_group, config)
+        self.student_hidden_size = config.hidden_size
+
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: torch.Tensor | None,
+        tensor_send_prev: torch.Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Shape,
+        wait_on_reqs: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+        assert wait_on_reqs, "a message is unpacked on arrival: overlap_p2p_comm is not supported"
+        if tensor_send_next is not None:
+            tensor_send_next = self._pack(tensor_send_next)
+        received_prev, received_next, requests = super()._communicate(
+            tensor_send_next=tensor_send_next,
+            tensor_send_prev=tensor_send_prev,
+            recv_prev=recv_prev,
+            recv_next=recv_next,
+            tensor_shape=tensor_shape,
+            wait_on_reqs=wait_on_reqs,
+        )
+        if received_prev is not None:
+            received_prev = self._unpack(received_prev)
+        return received_prev, received_next, requests
+
+    def _pack(self, student_SBH: torch.Tensor) -> torch.Tensor:
+        teacher_SBH = getattr(student_SBH, TEACHER_HIDDEN)
+        delattr(student_SBH, TEACHER_HIDDEN)  # the student's tensor lives until its backward; this must not
+        return torch.cat([student_SBH.detach(), teacher_SBH], dim=-1)
+
+    def _unpack(self, received_SBH: torch.Tensor) -> torch.Tensor:
+        # Copies, so that the student's part, kept for the backward, does not keep the teacher's alive.
+        student_SBH = received_SBH.detach()[..., : self.student_hidden_size].clone().requires_grad_()
+        setattr(student_SBH, TEACHER_HIDDEN, received_SBH.detach()[..., self.student_hidden_size :].contiguous())
+        return student_SBH
+
+
+def build_communicator(stage: StudentTeacherStage, pp_group: dist.ProcessGroup) -> P2PCommunicator:
+    """The communicator this stage needs: Megatron's own when there is no teacher."""
+    config = stage.module.config
+    return P2PCommunicator(pp_group, config) if stage.teacher is None else PairCommunicator(pp_group, config)

@@ -1,0 +1,180 @@
+"""One optimizer step: a batch through Megatron's schedule, gradients checked, weights moved.
+
+Who divides by what: every micro-batch returns the *sum* of its weighted token losses and its number of loss terms;
+Megatron (``calculate_per_token_loss``) sums gradients and terms over micro-batches and data-parallel ranks and divides
+once by the global count. So the gradient is the same for every data-parallel size, micro-batch split and padding.
+
+Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry loss, ``V`` vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.distributed import Layout
+from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
+from megatron_tropd.objectives import Objective
+from megatron_tropd.pair import StudentTeacherStage, build_communicator
+from megatron_tropd.types import Batch, MicroBatch, TokenRegion
+from megatron_tropd.vocab_parallel import distillation_loss
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+Normalization = Literal["tokens", "sequences", "kept"]
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is not finite; the optimizer has not moved."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Everything that turns a batch into an optimizer step."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    layout: Layout
+    objective: Objective
+    normalization: Normalization
+    vocab_size: int
+    """Ids that student and teacher share."""
+
+    @property
+    def stage(self) -> StudentTeacherStage:
+        """The pipeline stage under DDP."""
+        return self.model.module
+
+
+def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
+    """Forward, backward and optimizer step on the global batch; returns the step's metrics, equal on every rank.
+
+    Raises NonFiniteError on every rank, before the optimizer moves, where the loss or a gradient is not finite.
+    """
+    started = perf_counter()
+    sums, bad_samples = forward_backward(learner, batch)
+    teacher_seconds = learner.stage.pop_teacher_seconds()
+    scheduled = perf_counter()
+    _refuse_non_finite(learner, batch, sums, bad_samples)
+    _, grad_norm, _ = learner.optimizer.step()
+    learning_rate = learner.optimizer.param_groups[0]["lr"]
+    learner.scheduler.step(increment=1)
+    return {
+        **step_metrics(sums),
+        "grad_norm": float(grad_norm),
+        "learning_rate": float(learning_rate),
+        "seconds_teacher": teacher_seconds,
+        "seconds_student": scheduled - started - teacher_seconds,
+        "seconds_optimizer": perf_counter() - scheduled,
+    }
+
+
+def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], list[int]]:
+    """Gradients of the global batch into Megatron's buffers, divided by the global number of loss terms.
+
+    Returns the global metric sums (equal on every rank) and this rank's sample ids whose loss is not finite.
+    """
+    learner.model.train()
+    if learner.stage.teacher is not None:
+        learner.stage.teacher.eval()
+    learner.model.zero_grad_buffer()
+    learner.optimizer.zero_grad()
+    bad_samples: list[int] = []
+    first = batch.micro_batches[0]
+    micro_batch_sums = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, learner, bad_samples),
+        data_iterator=iter(batch.micro_batches),
+        model=[learner.model],
+        num_microbatches=len(batch.micro_batches),
+        seq_length=first.tokens_BS.shape[1],
+        micro_batch_size=first.tokens_BS.shape[0],
+        forward_only=False,
+        p2p_communicator=build_communicator(learner.stage, learner.layout.groups.pp),
+        pg_collection=learner.layout.groups,
+    )
+    return reduce_sums(micro_batch_sums, learner.layout), bad_samples
+
+
+def _forward_step(
+    learner: Learner, bad_samples: list[int], micro_batches: Iterator[MicroBatch], model: DistributedDataParallel
+) -> tuple[torch.Tensor, partial]:
+    batch = next(micro_batches)
+    student_output, teacher_output = model(batch)
+    return student_output, partial(_micro_batch_loss, learner, bad_samples, batch, teacher_output)
+
+
+def _micro_batch_loss(
+    learner: Learner,
+    bad_samples: list[int],
+    batch: MicroBatch,
+    teacher_logits_NV: torch.Tensor | None,
+    student_logits_NV: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of weighted losses, number of loss terms, metric sums) of one micro-batch, on the last stage.
+
+    Without response positions N is 0 and the sum is a zero that still has a gradient (of zeros).
+    """
+    mask_BS = batch.regions_BS != TokenRegion.NONE
+    loss_N, report = distillation_loss(
+        student_logits_NV,
+        teacher_logits_NV,
+        batch.labels_BS[mask_BS],
+        batch.regions_BS[mask_BS],
+        learner.objective,
+        vocab_size=learner.vocab_size,
+        group=learner.layout.groups.tp,
+        uniforms_T=batch.uniforms_BS[mask_BS],
+        full_statistics=teacher_logits_NV is not None,
+        inplace_backward=True,
+    )
+    weighted_N = loss_N * batch.weights_BS[mask_BS]
+    bad_samples.extend(_samples_with_non_finite(batch, mask_BS, weighted_N))
+    loss_terms = _count_loss_terms(learner.normalization, batch, report["outlier"], mask_BS)
+    return weighted_N.sum(), loss_terms, token_sums(batch, weighted_N, loss_terms, report)
+
+
+def _count_loss_terms(
+    normalization: Normalization, batch: MicroBatch, outlier_N: torch.Tensor, mask_BS: torch.Tensor
+) -> torch.Tensor:
+    """This micro-batch's share of the denominator, an int scalar: known before the forward, but for ``kept``."""
+    if normalization == "kept":
+        return (mask_BS.sum() - (outlier_N > 0).sum()).int()
+    return torch.tensor(batch.num_loss_terms, dtype=torch.int, device=mask_BS.device)
+
+
+def _samples_with_non_finite(batch: MicroBatch, mask_BS: torch.Tensor, loss_N: torch.Tensor) -> list[int]:
+    bad_N = ~torch.isfinite(loss_N.detach())
+    if not bad_N.any():
+        return []
+    rows = mask_BS.nonzero()[bad_N, 0].unique().tolist()
+    return [batch.sample_ids[row] for row in rows]
+
+
+def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], bad_samples: list[int]) -> None:
+    buffers = learner.model.buffers + learner.model.expert_parallel_buffers
+    bad_gradient = sum(~torch.isfinite(buffer.grad_data.norm()) for buffer in buffers)
+    bad_loss = float(not torch.isfinite(torch.tensor(sums["loss"])))
+    flags = torch.tensor([float(bad_gradient), bad_loss], device=learner.layout.device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if not flags.any():
+        return
+    gathered: list[list[int]] = [[] for _ in range(learner.layout.world_size)]
+    dist.all_gather_object(gathered, bad_samples)
+    samples = sorted({sample for ids in gathered for sample in ids})
+    what = "loss" if flags[1] else "gradient"
+    raise NonFiniteError(
+        f"step {batch.step}: the {what} is not finite ({'samples ' + str(samples) if samples else 'no single sample'}). "
+        "The optimizer has not moved; the last checkpoint is intact. Plain K1 (opd, or gate=none) diverges where the "
+        "teacher gives a sampled token no mass: use gate=bernoulli, or lower the learning rate."
+    )

@@ -1,0 +1,99 @@
+"""The gradient of a whole training step does not depend on how the work is spread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2), (2, 1), (1, 2)], 8: [(2, 2)]}
+"""World size -> (tensor, pipeline); the rest is data parallel."""
+MICRO_BATCHES = (1, 2, 4)
+
+
+def _write_gradients(folder: str, world_size: int) -> None:
+    from megatron_tropd.config import OptimizerConfig
+    from megatron_tropd.step import forward_backward
+    from tests import tiny
+
+    for tp, pp in LAYOUTS[world_size]:
+        layout = tiny.start(tp=tp, pp=pp)
+        # Without the distributed optimizer every replica keeps the whole reduced gradient, which is what is compared.
+        learner = tiny.build_learner(layout, optimizer=OptimizerConfig(use_distributed_optimizer=False))
+        for num_micro_batches in MICRO_BATCHES:
+            batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=num_micro_batches)
+            sums, _ = forward_backward(learner, batch)
+            gradients = tiny.whole_gradients(learner)
+            if layout.tensor_parallel_rank == 0:
+                name = f"{world_size}-{tp}-{pp}-{num_micro_batches}-{layout.data_parallel_rank}-{layout.pipeline_rank}"
+                torch.save((gradients, sums), Path(folder) / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def gradient_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    for world_size in LAYOUTS:
+        run_ranks(world_size, _write_gradients, str(folder), world_size, timeout=300)
+    return folder
+
+
+def _reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    gradients, sums = torch.load(folder / "1-1-1-1-0-0.pt")
+    return gradients, sums
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_gradients_are_the_same_for_every_layout_and_micro_batch_split(gradient_folder: Path, world_size: int) -> None:
+    reference, reference_sums = _reference(gradient_folder)
+    norm = torch.cat([g.flatten() for g in reference.values()]).norm()
+    for tp, pp in LAYOUTS[world_size]:
+        dp = world_size // (tp * pp)
+        for num_micro_batches in MICRO_BATCHES:
+            for dp_rank in range(dp):
+                stages = [
+                    torch.load(gradient_folder / f"{world_size}-{tp}-{pp}-{num_micro_batches}-{dp_rank}-{stage}.pt")
+                    for stage in range(pp)
+                ]
+                names = set().union(*(gradients for gradients, _ in stages))
+                assert names == set(reference)
+                for gradients, sums in stages:
+                    for name, gradient in gradients.items():
+                        error = (gradient - reference[name]).norm() / norm
+                        assert error < 1e-5, f"tp {tp} pp {pp} dp {dp}, {num_micro_batches} micro-batches: {name} {error}"
+                    assert sums == pytest.approx(reference_sums, rel=1e-4, abs=1e-4)
+
+
+def test_the_reference_gradient_is_not_trivial(gradient_folder: Path) -> None:
+    gradients, sums = _reference(gradient_folder)
+    assert all(gradient.norm() > 0 for gradient in gradients.values())
+    assert sums["guidance_tokens"] > 0 and sums["on_policy_tokens"] > 0 and 0 < sums["outlier"] < sums["on_policy_tokens"]
+
+
+def _record_messages() -> None:
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from megatron_tropd.step import forward_backward
+    from tests import tiny
+
+    layout = tiny.start(tp=1, pp=2)
+    learner = tiny.build_learner(layout)
+    sent: dict[str, set[int]] = {"next": set(), "prev": set()}
+    communicate = P2PCommunicator._communicate
+
+    def recorded(self, *, tensor_send_next, tensor_send_prev, **rest):  # type: ignore[no-untyped-def]
+        for direction, tensor in (("next", tensor_send_next), ("prev", tensor_send_prev)):
+            if tensor is not None:
+                sent[direction].add(tensor.shape[-1])
+        return communicate(self, tensor_send_next=tensor_send_next, tensor_send_prev=tensor_send_prev, **rest)
+
+    P2PCommunicator._communicate = recorded
+    forward_backward(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=4))
+    both = tiny.STUDENT.hidden_size + tiny.TEACHER.hidden_size
+    assert sent == ({"next": {both}, "prev": set()} if layout.rank == 0 else {"next": set(), "prev": {tiny.STUDENT.hidden_size}})
+
+
+def test_both_hidden_states_travel_forward_and_the_students_gradient_alone_backward() -> None:
+    run_ranks(2, _record_messages)

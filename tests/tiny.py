@@ -1,0 +1,156 @@
+"""Small models and batches that the multi-rank tests share. Imports Megatron: use it inside ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_tropd import distributed
+from megatron_tropd.config import ModelConfig, OptimizerConfig
+from megatron_tropd.distributed import Layout
+from megatron_tropd.models import build_model, build_teacher
+from megatron_tropd.objectives import Objective, preset
+from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_tropd.pair import StudentTeacherStage
+from megatron_tropd.step import Learner
+from megatron_tropd.types import Batch, MicroBatch, TokenRegion
+
+VOCAB_SIZE = 45
+STUDENT = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    ffn_hidden_size=48,
+    num_query_groups=2,
+    make_vocab_size_divisible_by=8,
+)
+TEACHER = ModelConfig(
+    num_layers=4,
+    hidden_size=64,
+    num_attention_heads=8,
+    ffn_hidden_size=96,
+    num_query_groups=2,
+    qk_layernorm=True,
+    add_qkv_bias=True,
+    untie_embeddings_and_output_weights=True,
+    make_vocab_size_divisible_by=32,
+    init_method_std=0.2,
+)
+"""Differs from the student in depth, width, heads, norms, biases, tying and padded vocabulary."""
+
+
+def start(*, tp: int, pp: int, seed: int = 7) -> Layout:
+    """Process groups of this layout over all ranks, replacing those of an earlier one."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    return distributed.initialize(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_minutes=2
+    )
+
+
+def build_learner(
+    layout: Layout,
+    *,
+    objective: Objective | None = None,
+    student: ModelConfig = STUDENT,
+    teacher: ModelConfig | None = TEACHER,
+    optimizer: OptimizerConfig | None = None,
+    normalization: str = "tokens",
+) -> Learner:
+    """A learner on the tiny pair with deterministic weights."""
+    optimizer = optimizer or OptimizerConfig(lr=1e-2)
+    sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": torch.float32}
+    stage = StudentTeacherStage(
+        build_model(student, layout, seed=1, **sizes),
+        build_teacher(teacher, layout, seed=2, **sizes) if teacher else None,
+    )
+    model = wrap_data_parallel(stage, optimizer, layout, overlap=False)
+    megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=torch.float32)
+    return Learner(
+        model=model,
+        optimizer=megatron_optimizer,
+        scheduler=build_scheduler(megatron_optimizer, optimizer, train_iters=100),
+        layout=layout,
+        objective=objective or preset("tropd", top_k=5),
+        normalization=normalization,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def sequences(num_sequences: int = 8, *, seed: int = 3) -> list[dict[str, np.ndarray]]:
+    """Ragged sequences with prompt, guidance and on-policy positions; the last two carry no loss at all."""
+    generator = np.random.default_rng(seed)
+    result = []
+    for index in range(num_sequences):
+        length = int(generator.integers(6, 16))
+        regions = np.zeros(length, dtype=np.int64)
+        if index < num_sequences - 2:
+            start = int(generator.integers(2, 4))
+            regions[start:] = TokenRegion.ON_POLICY
+            regions[start : start + int(generator.integers(0, 4))] = TokenRegion.GUIDANCE
+        result.append(
+            {
+                "tokens": generator.integers(2, VOCAB_SIZE, length),
+                "labels": generator.integers(2, VOCAB_SIZE, length) * (regions > 0),
+                "regions": regions,
+                "uniforms": generator.random(length, dtype=np.float32),
+            }
+        )
+    return result
+
+
+def batch_for_rank(layout: Layout, rows: list[dict[str, np.ndarray]], *, num_micro_batches: int) -> Batch:
+    """This data-parallel rank's share of ``rows``, cut into micro-batches padded each to its own length."""
+    mine = rows[layout.data_parallel_rank :: layout.data_parallel_size]
+    size = len(mine) // num_micro_batches
+    groups = [mine[i * size : (i + 1) * size] for i in range(num_micro_batches)]
+    return Batch(tuple(_micro_batch(group) for group in groups), step=0)
+
+
+def _micro_batch(rows: list[dict[str, np.ndarray]]) -> MicroBatch:
+    length = max(len(row["tokens"]) for row in rows)
+
+    def pad(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([np.pad(row[name], (0, length - len(row[name]))) for row in rows]))
+
+    regions = pad("regions")
+    return MicroBatch(
+        tokens_BS=pad("tokens"),
+        labels_BS=pad("labels"),
+        regions_BS=regions,
+        uniforms_BS=pad("uniforms"),
+        rollout_log_probs_BS=torch.zeros(regions.shape),
+        weights_BS=(regions > 0).float(),
+        sample_ids=tuple(range(len(rows))),
+        num_loss_terms=int((regions > 0).sum()),
+    )
+
+
+def whole_gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    """This stage's student gradients by global name, gathered over tensor-parallel ranks (padded rows cut off)."""
+    layout, model = learner.layout, learner.stage.module
+    result = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.main_grad.detach().clone()
+        if getattr(parameter, "tensor_model_parallel", False) and layout.tensor_parallel_size > 1:
+            parts = [torch.empty_like(gradient) for _ in range(layout.tensor_parallel_size)]
+            dist.all_gather(parts, gradient, group=layout.groups.tp)
+            glu = name.endswith("linear_fc1.weight")
+            blocks = zip(*(part.chunk(2 if glu else 1, dim=parameter.partition_dim) for part in parts), strict=True)
+            gradient = torch.cat([block for group in blocks for block in group], dim=parameter.partition_dim)
+        if "embedding" in name or "output_layer" in name:
+            assert not gradient[VOCAB_SIZE:].any(), f"{name}: padded rows have a gradient"
+            gradient = gradient[:VOCAB_SIZE]
+        result[_global_name(model, name)] = gradient
+    return result
+
+
+def _global_name(model: torch.nn.Module, name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return ".".join(parts)
