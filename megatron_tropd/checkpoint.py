@@ -1,0 +1,187 @@
+"""Checkpoints through Megatron's ``dist_checkpointing``: whole or absent, resumable, loadable in another layout.
+
+A run's ``checkpoints`` folder holds ``step_N`` folders and a file ``latest`` with the name of the newest complete one.
+A checkpoint is written under a temporary name, renamed when every rank has finished, and only then does ``latest``
+move. On-disk tensor names are Megatron's TransformerEngine names, whichever layer spec is in use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.optimization import load_optimizer_state
+from megatron_tropd.step import Learner
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.gpt import GPTModel
+
+DESCRIPTION = "tropd.json"
+LATEST = "latest"
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+_WEIGHTLESS_FIELDS = ("load", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+"""Fields of ModelConfig that say where weights come from or how they are spread, not what the model is."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another model or tokenizer."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is of; stored beside it as JSON and compared before any tensor is read."""
+
+    step: int
+    """Optimizer steps done."""
+    seed: int
+    """The run's seed; with the step it fixes data order and every random draw."""
+    vocab_size: int
+    """True vocabulary size."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    architecture: dict[str, Any]
+    """The fields of ModelConfig that decide shapes and function."""
+
+
+def architecture(config: ModelConfig) -> dict[str, Any]:
+    """The part of a model's config that its weights depend on."""
+    return {name: value for name, value in asdict(config).items() if name not in _WEIGHTLESS_FIELDS}
+
+
+def save_checkpoint(folder: Path, learner: Learner, description: Description, *, keep: int) -> Path:
+    """Write ``folder/step_N`` (all ranks call this), move ``latest``, drop all but the newest ``keep`` (0: none).
+
+    A crash at any moment leaves the previous ``latest`` valid.
+    """
+    final = folder / f"step_{description.step}"
+    temporary = folder / f"step_{description.step}.incomplete"
+    is_main = learner.layout.is_main
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_training_state(learner, is_loading=False), str(temporary))
+    dist.barrier()
+    if is_main:
+        _write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _write_durably(folder / LATEST, final.name)
+        _prune(folder, keep)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
+    """Restore weights, optimizer and scheduler from one ``step_N`` folder; returns the steps done.
+
+    Any tensor- and pipeline-parallel layout can load it. Raises CheckpointError for another model, tokenizer or seed.
+    """
+    found = read_description(path)
+    _check_same(path, found, replace(expected, step=found.step))
+    state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
+    learner.stage.module.load_state_dict(state["model"])
+    load_optimizer_state(learner.optimizer, state["optimizer"])
+    learner.scheduler.load_state_dict(state["scheduler"])
+    return found.step
+
+
+def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:
+    """Fill ``model`` from a checkpoint (``step_N``, or a folder with ``latest``), whatever layout wrote it."""
+    path = resolve(path)
+    found = read_description(path)
+    expected = Description(found.step, found.seed, vocab_size, tokenizer, architecture(config))
+    _check_same(path, found, expected)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+    model.load_state_dict(state["model"])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None for a run that has none yet."""
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text(encoding="utf-8").strip()
+    if not (path / DESCRIPTION).exists():
+        raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint; restore that folder")
+    return path
+
+
+def resolve(path: Path) -> Path:
+    """A ``step_N`` folder from itself, from a run's ``checkpoints`` folder, or from a run folder."""
+    for folder in (path, path / "checkpoints"):
+        if (folder / DESCRIPTION).exists():
+            return folder
+        if newest := latest_checkpoint(folder):
+            return newest
+    raise CheckpointError(
+        f"no checkpoint at {path}: expected a step_N folder with {DESCRIPTION}, or a folder with a '{LATEST}' file"
+    )
+
+
+def read_description(path: Path) -> Description:
+    """What the checkpoint at ``path`` is of."""
+    file = path / DESCRIPTION
+    try:
+        return Description(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is missing or damaged ({error}); use another checkpoint") from error
+
+
+def _check_same(path: Path, found: Description, expected: Description) -> None:
+    differences = [
+        f"{name}: the checkpoint has {value!r}, this run {expected.architecture.get(name)!r}"
+        for name, value in found.architecture.items()
+        if value != expected.architecture.get(name)
+    ]
+    if found.vocab_size != expected.vocab_size:
+        differences.append(f"vocab_size: the checkpoint has {found.vocab_size}, this run {expected.vocab_size}")
+    if found.tokenizer != expected.tokenizer:
+        differences.append("tokenizer: the checkpoint was trained with another tokenizer (fingerprints differ)")
+    if found.seed != expected.seed:
+        differences.append(f"training.seed: the checkpoint has {found.seed}, this run {expected.seed}")
+    if differences:
+        raise CheckpointError(f"the checkpoint {path} does not fit this run: " + "; ".join(differences))
+
+
+def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
+    model = learner.stage.module.sharded_state_dict()
+    # The optimizer rewrites entries of the dict it is given on some paths, so it gets its own.
+    optimizer = learner.optimizer.sharded_state_dict(
+        learner.stage.module.sharded_state_dict(), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+    )
+    return {"model": model, "optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for leftover in folder.glob("step_*.incomplete"):
+        shutil.rmtree(leftover)
+    complete = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    for old in complete[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def broadcast_path(path: Path | None) -> Path | None:
+    """Rank 0's view of a path, on every rank: nobody decides from its own file system."""
+    box: list[Path | None] = [path]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu") if dist.get_backend() == "gloo" else None)
+    return box[0]

@@ -1,0 +1,91 @@
+"""The `generate` command: the teacher answers the training prompts ahead of training, into a store for guidance."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_tropd.answers import AnswerHeader, AnswerWriter
+from megatron_tropd.checkpoint import architecture
+from megatron_tropd.config import Config
+from megatron_tropd.data import read_prompts
+from megatron_tropd.rollout import RolloutEngine, build_engine
+from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
+from megatron_tropd.types import Prompt, Rollout, RolloutRequest
+
+
+def generate(config: Config) -> None:
+    """Write one teacher answer for each prompt of ``data.train`` to ``guidance.answers``.
+
+    The teacher samples at ``rollout.temperature`` with the engine that training uses. A store that an earlier call
+    left unfinished is continued; a finished one is left as it is.
+    """
+    with open_run(config, "generate") as run:
+        prompts, _ = read_prompts(
+            config.data.train, run.tokenizer, config.data.max_prompt_length, config.data.long_prompts
+        )
+        assert config.teacher is not None and config.guidance.answers is not None  # validate() has refused a run without
+        path = Path(config.guidance.answers)
+        with AnswerWriter(path, _header(run)) if run.layout.is_main else nullcontext() as writer:
+            waiting = _unanswered(prompts, writer)
+            if waiting:
+                _answer(run, waiting, writer)
+
+
+def _answer(run: Run, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | None) -> None:
+    config, layout = run.config, run.layout
+    assert config.teacher is not None
+    engine = build_engine(
+        load_teacher(run),
+        layout,
+        config.rollout,
+        vocab_size=min(run.tokenizer.vocab_size, vocab_size(config.teacher, run.tokenizer)),
+        eos_id=run.tokenizer.eos_id,
+        seed=config.training.seed + 1,  # not the draws that the student will sample with
+    )
+    count = config.rollout.max_batch_size * layout.data_parallel_size
+    with tqdm(total=len(waiting), desc="teacher answers", unit="prompt", disable=not layout.is_main) as bar:
+        for start in range(0, len(waiting), count):
+            chunk = waiting[start : start + count]
+            for rollout in _generate_over_replicas(run, engine, chunk):
+                if writer is not None:
+                    writer.write(rollout.request.prompt, rollout.response, rollout.finished)
+                bar.update()
+
+
+def _generate_over_replicas(run: Run, engine: RolloutEngine, chunk: list[tuple[int, Prompt]]) -> list[Rollout]:
+    """Answers to ``chunk`` in its order, on every rank; each data-parallel replica generates its share."""
+    layout = run.layout
+    requests = [RolloutRequest(index, prompt, ()) for index, prompt in chunk]
+    mine = requests[layout.data_parallel_rank :: layout.data_parallel_size]
+    shares: list[list[Rollout]] = [[] for _ in range(layout.data_parallel_size)]
+    rollouts = engine.generate(mine, max_response_length=run.config.rollout.max_response_length)
+    dist.all_gather_object(shares, rollouts, group=layout.groups.dp)
+    return sorted((rollout for share in shares for rollout in share), key=lambda rollout: rollout.request.sample_id)
+
+
+def _unanswered(prompts: list[Prompt], writer: AnswerWriter | None) -> list[tuple[int, Prompt]]:
+    """(Index in the file, prompt) of what the store lacks, as rank 0 sees it; the same list on every rank."""
+    box: list[Any] = [None]
+    if writer is not None:
+        box = [[index for index, prompt in enumerate(prompts) if not writer.num_answers[prompt.id]]]
+    dist.broadcast_object_list(box, src=0)
+    return [(index, prompts[index]) for index in box[0]]
+
+
+def _header(run: Run) -> AnswerHeader:
+    config = run.config
+    assert config.teacher is not None
+    return AnswerHeader(
+        tokenizer=run.tokenizer.fingerprint,
+        teacher={"load": config.teacher.load, **architecture(config.teacher)},
+        generation={
+            **{name: value for name, value in asdict(config.rollout).items() if name != "samples_per_prompt"},
+            "seed": config.training.seed + 1,
+        },
+    )

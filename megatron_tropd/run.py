@@ -1,0 +1,192 @@
+"""A run put together from its config: layout, tokenizer, models, optimizer, folder; resumed where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd import distributed
+from megatron_tropd.checkpoint import (
+    Description,
+    architecture,
+    broadcast_path,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from megatron_tropd.config import Config, ModelConfig, validate
+from megatron_tropd.config_parser import save_config
+from megatron_tropd.data import Tokenizer, build_tokenizer
+from megatron_tropd.distributed import ON_CPU, Layout
+from megatron_tropd.models import build_model, build_teacher
+from megatron_tropd.objectives import Objective
+from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_tropd.pair import StudentTeacherStage
+from megatron_tropd.step import Learner
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What every command needs once the process groups stand."""
+
+    config: Config
+    layout: Layout
+    tokenizer: Tokenizer
+    folder: Path
+    stop_requested: bool = False
+    """SIGTERM has arrived on this rank."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run's checkpoints are."""
+        return self.folder / "checkpoints"
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Longest trajectory, tokens: prompt budget + response budget."""
+        return self.config.data.max_prompt_length + self.config.rollout.max_response_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights: fp32 on the CPU, bf16 on GPUs, unless the config says otherwise."""
+        precision = self.config.training.precision
+        if precision == "auto":
+            return torch.float32 if ON_CPU else torch.bfloat16
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+    def should_stop(self) -> bool:
+        """Whether any rank has been asked to stop; the same answer on every rank."""
+        flag = torch.tensor(float(self.stop_requested), device=self.layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def describe(self, step: int) -> Description:
+        """What a checkpoint of this run's student at ``step`` is of."""
+        return Description(
+            step=step,
+            seed=self.config.training.seed,
+            vocab_size=vocab_size(self.config.student, self.tokenizer),
+            tokenizer=self.tokenizer.fingerprint,
+            architecture=architecture(self.config.student),
+        )
+
+
+def vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """True vocabulary size of a model."""
+    return model.vocab_size or tokenizer.vocab_size
+
+
+@contextmanager
+def open_run(config: Config, command: str) -> Iterator[Run]:
+    """Check the config, start the process groups, catch SIGTERM; tear everything down at the end.
+
+    A config or tokenizer error is raised on every rank before any group exists.
+    """
+    _quiet_libraries()
+    validate(config, distributed.world_size(), command)
+    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
+    layout = distributed.initialize(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.training.seed,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    run = Run(config, layout, tokenizer, Path(config.output_dir))
+
+    def request_stop(_signal: int, _frame: FrameType | None) -> None:
+        run.stop_requested = True
+
+    previous = signal.signal(signal.SIGTERM, request_stop)
+    try:
+        if layout.is_main:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, run.folder / "config.yaml")
+        yield run
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        distributed.finish()
+
+
+def _quiet_libraries() -> None:
+    """Megatron warns many times on every rank about choices that this package has made."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
+
+
+def load_student(run: Run) -> GPTModel:
+    """The student's slice on this rank, with the weights of ``student.load`` where it is set."""
+    build = partial(build_model, recompute=run.config.training.recompute)
+    return _load(run, run.config.student, build, seed=run.config.training.seed)
+
+
+def load_teacher(run: Run) -> GPTModel:
+    """The frozen teacher's slice on this rank."""
+    assert run.config.teacher is not None  # validate() has refused a run without
+    return _load(run, run.config.teacher, build_teacher, seed=run.config.training.seed + 1)
+
+
+def _load(run: Run, config: ModelConfig, build: Callable[..., GPTModel], *, seed: int) -> GPTModel:
+    size = vocab_size(config, run.tokenizer)
+    model = build(
+        config,
+        run.layout,
+        vocab_size=size,
+        max_sequence_length=run.max_sequence_length,
+        dtype=run.dtype,
+        seed=seed,
+    )
+    if config.load is not None:
+        load_weights(Path(config.load), model, config, vocab_size=size, tokenizer=run.tokenizer.fingerprint)
+    return model
+
+
+def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:
+    """Student (and teacher) as a pipeline stage under DDP, with optimizer and scheduler."""
+    config = run.config
+    stage = StudentTeacherStage(load_student(run), load_teacher(run) if with_teacher else None)
+    model = wrap_data_parallel(stage, config.optimizer, run.layout, overlap=not ON_CPU)
+    optimizer = build_optimizer(model, config.optimizer, run.layout, dtype=run.dtype)
+    sizes = [vocab_size(config.student, run.tokenizer)]
+    if with_teacher and config.teacher is not None:
+        sizes.append(vocab_size(config.teacher, run.tokenizer))
+    return Learner(
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters),
+        layout=run.layout,
+        objective=objective,
+        normalization=config.training.normalization,
+        vocab_size=min(run.tokenizer.vocab_size, *sizes),
+    )
+
+
+def resume(run: Run, learner: Learner) -> int:
+    """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run)."""
+    newest = broadcast_path(latest_checkpoint(run.checkpoints))
+    if newest is None:
+        return 0
+    step = load_checkpoint(newest, learner, run.describe(0))
+    if run.layout.is_main:
+        logger.info("resumed from %s", newest)
+    return step
+
+
+def save(run: Run, learner: Learner, step: int) -> None:
+    """Checkpoint of ``step`` steps done."""
+    save_checkpoint(run.checkpoints, learner, run.describe(step), keep=run.config.training.keep_checkpoints)

@@ -1,0 +1,211 @@
+"""The training loop. `train` distils, `sft` learns reference answers: the same step on other trajectories."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tropd.answers import AnswerStore
+from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
+from megatron_tropd.config import Config, resolved_schedule
+from megatron_tropd.data import PromptOrder, read_prompts
+from megatron_tropd.evaluate import Evaluator
+from megatron_tropd.guidance import build_requests, max_prefix_length
+from megatron_tropd.metrics import MetricsLog, rollout_metrics
+from megatron_tropd.objectives import preset
+from megatron_tropd.report import plot_runs
+from megatron_tropd.rollout import build_engine
+from megatron_tropd.run import Run, build_learner, open_run, resume, save
+from megatron_tropd.step import Learner, train_step
+from megatron_tropd.types import Prompt, Rollout
+
+logger = logging.getLogger(__name__)
+
+Trajectories = Callable[[int], list[Rollout]]
+"""Step number to this data-parallel rank's trajectories of that step."""
+
+
+def train(config: Config) -> None:
+    """Distil the teacher into the student: each step generates, is judged by the teacher, and moves the weights once.
+
+    Starting again with the same ``output_dir`` continues from its newest checkpoint.
+    """
+    options = {name: value for name, value in asdict(config.objective_options).items() if value is not None}
+    objective = preset(config.objective, **options)
+    with open_run(config, "train") as run:
+        prompts = _read_prompts(run)
+        store = _read_answers(run, prompts)
+        learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
+        engine = build_engine(
+            learner.stage.module,
+            run.layout,
+            config.rollout,
+            vocab_size=learner.vocab_size,
+            eos_id=run.tokenizer.eos_id,
+            seed=config.training.seed,
+        )
+
+        def generate(step: int) -> list[Rollout]:
+            requests = build_requests(
+                _prompts_of_step(run, prompts, step, config.rollout.samples_per_prompt),
+                step=step,
+                samples_per_prompt=config.rollout.samples_per_prompt,
+                seed=config.training.seed,
+                store=store,
+                max_length=_max_prefix_length(config, step),
+                draw=config.guidance.prefix_draw,
+                min_on_policy_tokens=config.guidance.min_on_policy_tokens,
+                fraction=config.guidance.fraction,
+            )
+            # A response may fill its budget whatever the prefix, so the prompt is what lengths are known to differ by.
+            lengths = [len(request.prompt.tokens) for request in requests]
+            mine = split_for_rank(
+                requests, lengths, rank=run.layout.data_parallel_rank, size=run.layout.data_parallel_size
+            )
+            return engine.generate(mine, max_response_length=config.rollout.max_response_length)
+
+        run_steps(run, learner, generate)
+
+
+def sft(config: Config) -> None:
+    """Train ``config.student`` on the reference answers of ``data.train`` by negative log-likelihood."""
+    with open_run(config, "sft") as run:
+        prompts = _read_prompts(run, max_answer_length=config.rollout.max_response_length)
+        learner = build_learner(run, preset("sft"), with_teacher=False)
+
+        def answers(step: int) -> list[Rollout]:
+            rollouts = answers_as_rollouts(
+                _prompts_of_step(run, prompts, step, 1),
+                encode=run.tokenizer.encode,
+                eos_id=run.tokenizer.eos_id,
+                first_sample_id=step * config.training.global_batch_size,
+            )
+            lengths = [len(rollout.request.prompt.tokens) + len(rollout.request.prefix) for rollout in rollouts]
+            return split_for_rank(
+                rollouts, lengths, rank=run.layout.data_parallel_rank, size=run.layout.data_parallel_size
+            )
+
+        run_steps(run, learner, answers)
+
+
+def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
+    """Steps from where the run folder stands to ``training.train_iters``, with evaluations, logs and checkpoints.
+
+    After SIGTERM on any rank the step in hand is finished and saved, and the function returns.
+    """
+    training, layout = run.config.training, run.layout
+    first_step = resume(run, learner)
+    log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step)
+    evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size)
+    bar = tqdm(
+        total=training.train_iters, initial=first_step, desc=learner.objective.name, disable=not layout.is_main, unit="step"
+    )
+    for step in range(first_step, training.train_iters):
+        metrics = evaluator() if _evaluates(training.eval_interval, step) else {}
+        metrics |= _one_step(run, learner, trajectories, step)
+        log.write({"step": step, **metrics})
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "grad_norm", "outlier_share")}, refresh=False)
+        bar.update()
+        stop = run.should_stop()
+        done = step + 1
+        if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
+            save(run, learner, done)
+        if stop:
+            logger.warning("SIGTERM: saved after step %d; start again with the same command to continue", step)
+            return
+    log.write({"step": training.train_iters, **evaluator()})
+    bar.close()
+    log.close()
+    if layout.is_main:
+        plot_runs({learner.objective.name: run.folder}, run.folder / "report" / "training.png")
+
+
+def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int) -> dict[str, float]:
+    training, layout = run.config.training, run.layout
+    started = perf_counter()
+    rollouts = trajectories(step)
+    seconds_rollout = perf_counter() - started
+    batch = build_batch(
+        rollouts,
+        step=step,
+        seed=training.seed,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data_parallel_size),
+        pad_id=run.tokenizer.pad_id,
+        max_sequence_length=run.max_sequence_length,
+        normalization=training.normalization,
+        device=layout.device,
+    )
+    metrics = train_step(learner, batch)
+    seconds = perf_counter() - started
+    _write_samples(run, step, rollouts[: training.log_rollouts])
+    return {
+        **metrics,
+        **rollout_metrics(rollouts, layout),
+        "max_prefix_length": float(_max_prefix_length(run.config, step)),
+        "tokens_per_second": metrics["response_tokens"] / seconds,
+        "seconds_rollout": seconds_rollout,
+    }
+
+
+def _evaluates(interval: int, step: int) -> bool:
+    """Before the first step and every ``interval`` steps; the end of a run is evaluated apart."""
+    return bool(interval) and step % interval == 0
+
+
+def _max_prefix_length(config: Config, step: int) -> int:
+    longest = config.guidance.max_prefix_length or config.rollout.max_response_length
+    return max_prefix_length(resolved_schedule(config), step, config.training.train_iters, longest)
+
+
+def _read_prompts(run: Run, *, max_answer_length: int | None = None) -> list[Prompt]:
+    data = run.config.data
+    prompts, num_skipped = read_prompts(
+        data.train, run.tokenizer, data.max_prompt_length, data.long_prompts, max_answer_length=max_answer_length
+    )
+    if num_skipped and run.layout.is_main:
+        logger.warning("%s: skipped %d prompts over their length budget", data.train, num_skipped)
+    return prompts
+
+
+def _read_answers(run: Run, prompts: Sequence[Prompt]) -> AnswerStore | None:
+    if resolved_schedule(run.config) == "none":
+        return None
+    assert run.config.guidance.answers is not None  # validate() has refused a schedule without a store
+    store = AnswerStore.read(run.config.guidance.answers, run.tokenizer.fingerprint, run.tokenizer.vocab_size)
+    for prompt in prompts:
+        store.answer(prompt, 0)  # a prompt without an answer is found now, not at the step that meets it
+    return store
+
+
+def _prompts_of_step(run: Run, prompts: Sequence[Prompt], step: int, samples_per_prompt: int) -> list[Prompt]:
+    count = run.config.training.global_batch_size // samples_per_prompt
+    order = PromptOrder(len(prompts), run.config.training.seed)
+    return [prompts[index] for index in order.indices(step * count, count)]
+
+
+def _write_samples(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
+    if not run.layout.is_main or not rollouts:
+        return
+    folder = run.folder / "rollouts"
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(_readable(run, rollout), ensure_ascii=False) for rollout in rollouts]
+    (folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _readable(run: Run, rollout: Rollout) -> dict[str, Any]:
+    decode = run.tokenizer.decode
+    return {
+        "sample_id": rollout.request.sample_id,
+        "prompt": rollout.request.prompt.text,
+        "prefix": decode(rollout.request.prefix),
+        "response": decode(rollout.response),
+        "finished": rollout.finished,
+        "answer": rollout.request.prompt.answer,
+    }
