@@ -13,10 +13,9 @@ from typing import Literal, get_args
 import torch
 
 from megatron_tropd.answers import AnswerStore
+from megatron_tropd.config import Schedule
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.types import Prompt, RolloutRequest
-
-Schedule = Literal["none", "half-cosine", "quarter-cosine", "linear", "exponential", "constant"]
 
 
 def max_prefix_length(schedule: Schedule, step: int, total_steps: int, longest: int) -> int:
@@ -52,9 +51,7 @@ def max_prefix_length(schedule: Schedule, step: int, total_steps: int, longest: 
         case "none":
             length = 0
         case _:
-            raise ValueError(
-                f"guidance.schedule {schedule!r} is unknown: one of {', '.join(get_args(Schedule))}"
-            )
+            raise ValueError(f"guidance.schedule {schedule!r} is unknown: one of {', '.join(get_args(Schedule))}")
     return math.floor(length + 0.5)
 
 

@@ -1,0 +1,73 @@
+"""`python -m megatron_tropd COMMAND CONFIG.yaml [--section.field=value ...]`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+
+from megatron_tropd.config import Config, ConfigError
+from megatron_tropd.config_parser import build_parser, load_config
+
+COMMANDS = {
+    "train": ("megatron_tropd.trainer", "train", "distil the teacher into the student"),
+    "sft": ("megatron_tropd.trainer", "sft", "train the student on the reference answers of data.train"),
+    "generate": ("megatron_tropd.generate", "generate", "let the teacher answer data.train, for guidance"),
+    "evaluate": ("megatron_tropd.evaluate", "evaluate", "greedy accuracy of the student on data.validation"),
+}
+"""Name to (module, function, one line of help). Modules are imported only when their command runs."""
+
+USAGE = """usage: python -m megatron_tropd COMMAND CONFIG.yaml [--section.field=value ...]
+
+Trust Region On-Policy Distillation on Megatron-Core. Commands:
+
+{commands}
+
+`python -m megatron_tropd COMMAND --help` lists every config field. Under torchrun:
+torchrun --nproc-per-node 2 -m megatron_tropd train CONFIG.yaml --parallel.tensor_model_parallel_size=2
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status (2 for what a user has to correct)."""
+    usage = USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, (_, _, text) in COMMANDS.items()))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"unknown command {command!r}\n\n{usage}", file=sys.stderr)
+        return 2
+    if not rest or "-h" in rest or "--help" in rest:
+        build_parser(command, COMMANDS[command][2]).print_help()
+        return 0 if rest else 2
+    try:
+        config = load_config(rest[0], rest[1:])
+        _run(command, config)
+    except ValueError as error:
+        return _refuse(error)
+    return 0
+
+
+def _run(command: str, config: Config) -> None:
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    # Megatron and torch warn, on every rank, about choices that this package has made.
+    warnings.filterwarnings("ignore")
+    module, function, _ = COMMANDS[command]
+    getattr(importlib.import_module(module), function)(config)
+
+
+def _refuse(error: ValueError) -> int:
+    """One message, no traceback, for what this package refuses; anything else is a defect and is shown whole."""
+    if not type(error).__module__.startswith("megatron_tropd") and type(error) is not ValueError:
+        raise error
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
