@@ -1,0 +1,35 @@
+# Two images. The default stage builds on NVIDIA's NeMo container, which carries PyTorch, Transformer Engine, Apex and
+# Megatron-Core; none of these is replaced:   docker build -t megatron-tropd .
+# nvcr.io/nvidia/pytorch:26.06-py3 to 26.09-py3 (torch and TE, no core) serve as well, then Megatron-Core is added:
+#   docker build --build-arg BASE=nvcr.io/nvidia/pytorch:26.06-py3 -t megatron-tropd .
+# The `cpu` stage is the laptop's set-up:     docker build --target cpu -t megatron-tropd:cpu .
+# CUDA 13 images want a driver of 580 or newer. No image is built in CI; the commands are those of `make setup`.
+ARG BASE=nvcr.io/nvidia/nemo:26.08
+
+FROM python:3.12-slim-bookworm AS cpu
+RUN apt-get update && apt-get install -y --no-install-recommends make git gcc g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/megatron-tropd
+COPY . .
+RUN make setup
+ENV PATH=/opt/megatron-tropd/.venv/bin:$PATH
+CMD ["python", "-m", "megatron_tropd", "--help"]
+
+FROM ${BASE} AS gpu
+WORKDIR /opt/megatron-tropd
+COPY . .
+# PIP_CONSTRAINT: NGC images pin their own packages through it. --no-deps: nothing may replace the image's torch; what
+# the image lacks is named instead. Megatron-Core is installed only where the image has none.
+RUN python -m venv --system-site-packages /opt/venv \
+ && export PIP_CONSTRAINT= \
+ && (/opt/venv/bin/python -c "import megatron.core" \
+     || /opt/venv/bin/pip install --no-cache-dir --no-deps "$(grep '^megatron-core==' constraints.txt)") \
+ && /opt/venv/bin/pip install --no-cache-dir --no-deps \
+      jsonargparse docstring-parser typeshed-client importlib-resources psutil rich markdown-it-py mdurl pygments \
+      sentencepiece tensorboard tqdm \
+ && /opt/venv/bin/pip install --no-cache-dir --no-deps .
+ENV PATH=/opt/venv/bin:$PATH
+# Fails the build where a heavy library does not import, and says what is in the image.
+RUN python -c "import torch, megatron.core, megatron_tropd; \
+print('torch', torch.__version__, 'core', megatron.core.__version__, 'tropd', megatron_tropd.__version__)" \
+ && python -m megatron_tropd train --help >/dev/null
+CMD ["python", "-m", "megatron_tropd", "--help"]

@@ -1,0 +1,48 @@
+"""Packaging. Ranges stand here; the versions that were tested stand in constraints.txt, which `make setup` applies.
+
+transformer-engine and NVIDIA's Apex are accelerators that the containers carry; the package uses them where they work
+and never requires them. Apex is not even an extra: the registry's project of that name is an unrelated web toolkit
+whose mere presence breaks Megatron.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-tropd",
+    version="0.1.0",
+    description="Trust Region On-Policy Distillation (TrOPD) on Megatron-Core",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_tropd", "megatron_tropd.*"]),
+    package_data={"megatron_tropd": ["py.typed"]},
+    python_requires=">=3.12",
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.19.1",
+        "jsonargparse[signatures]>=4.53",
+        "matplotlib>=3.8",
+        "numpy>=2",
+        "psutil>=5.9",  # Megatron's checkpoint writer imports it without declaring it
+        "pyyaml>=6",
+        "rich>=13",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "data": ["sentencepiece>=0.2"],
+        "dev": [
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "sentencepiece",
+            "types-psutil",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+)
