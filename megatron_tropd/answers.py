@@ -61,9 +61,7 @@ class AnswerStore:
     answer.
     """
 
-    def __init__(
-        self, header: AnswerHeader, answers: Mapping[str, Sequence[Answer]], name: str = "the store"
-    ):
+    def __init__(self, header: AnswerHeader, answers: Mapping[str, Sequence[Answer]], name: str = "the store"):
         """``name`` is how messages call it."""
         self.header = header
         self.answers = answers
@@ -186,18 +184,14 @@ def prompt_digest(prompt: Prompt) -> str:
 
 def _parse_header(line: dict[str, Any], where: str) -> AnswerHeader:
     if line.get("format") != _FORMAT:
-        raise DataError(
-            f'{where}: not a store of teacher answers ("format" is {line.get("format")!r}): run `generate`'
-        )
+        raise DataError(f'{where}: not a store of teacher answers ("format" is {line.get("format")!r}): run `generate`')
     if line.get("version") != _VERSION:
         raise DataError(
             f"{where}: store version {line.get('version')!r}, this program reads {_VERSION}: generate again"
         )
     tokenizer, teacher, generation = (line.get(key) for key in ("tokenizer", "teacher", "generation"))
     if not isinstance(tokenizer, str) or not isinstance(teacher, dict) or not isinstance(generation, dict):
-        raise DataError(
-            f'{where}: "tokenizer" must be a string, "teacher" and "generation" objects: generate again'
-        )
+        raise DataError(f'{where}: "tokenizer" must be a string, "teacher" and "generation" objects: generate again')
     return AnswerHeader(tokenizer, teacher, generation)
 
 
@@ -205,9 +199,7 @@ def _parse_answer(line: dict[str, Any], where: str, vocab_size: int) -> tuple[st
     identifier, tokens, finished = line.get("id"), line.get("tokens"), line.get("finished")
     digest = line.get("prompt_digest")
     if not isinstance(identifier, str) or not isinstance(digest, str) or not isinstance(finished, bool):
-        raise DataError(
-            f'{where}: needs "id" and "prompt_digest" (strings) and "finished" (boolean): generate again'
-        )
+        raise DataError(f'{where}: needs "id" and "prompt_digest" (strings) and "finished" (boolean): generate again')
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise DataError(f'{where}: "tokens" must be a list of whole numbers: generate again')
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:

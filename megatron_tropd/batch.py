@@ -70,9 +70,7 @@ def build_batch(
     return Batch(micro_batches, step)
 
 
-def split_for_rank[Item](
-    items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int
-) -> list[Item]:
+def split_for_rank[Item](items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int) -> list[Item]:
     """Rank ``rank``'s share of ``items`` over ``size`` data-parallel ranks: equal counts, similar lengths.
 
     ``lengths`` are the expected costs of the items (tokens); every rank passes the same. Longest first, each
@@ -119,9 +117,7 @@ def _num_tokens(rollout: Rollout) -> int:
 
 def _refuse_unusable(rollout: Rollout, max_sequence_length: int) -> None:
     sample_id, num_tokens = rollout.request.sample_id, _num_tokens(rollout)
-    assert len(rollout.log_probs) == len(rollout.response), (
-        f"sample {sample_id}: one log-prob for each response token"
-    )
+    assert len(rollout.log_probs) == len(rollout.response), f"sample {sample_id}: one log-prob for each response token"
     if not rollout.request.prompt.tokens:
         raise ValueError(f"sample {sample_id}: its prompt has no tokens, so nothing predicts the first one")
     if num_tokens > max_sequence_length:
@@ -177,6 +173,4 @@ def _micro_batch(
 
 def _gate_uniforms(seed: int, sample_ids: Sequence[int], num_positions: int) -> torch.Tensor:
     """fp32 ``[B, S]``: the draw at t belongs to the token predicted there, the trajectory's token t + 1."""
-    return uniforms(
-        seed, Stream.GATE, torch.tensor(sample_ids).unsqueeze(1), torch.arange(1, num_positions + 1)
-    )
+    return uniforms(seed, Stream.GATE, torch.tensor(sample_ids).unsqueeze(1), torch.arange(1, num_positions + 1))

@@ -80,9 +80,7 @@ class CharacterTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; padding and end of text are nothing."""
         _check_ids(ids, self.vocab_size)
-        return "".join(
-            self.alphabet[index - FIRST_CHARACTER_ID] for index in ids if index >= FIRST_CHARACTER_ID
-        )
+        return "".join(self.alphabet[index - FIRST_CHARACTER_ID] for index in ids if index >= FIRST_CHARACTER_ID)
 
 
 class SentencePieceTokenizer:
@@ -103,13 +101,9 @@ class SentencePieceTokenizer:
             model = Path(model_path).read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except OSError as error:
-            raise ValueError(
-                f"cannot read tokenizer.model {model_path}: {error.strerror}; check the path"
-            ) from error
+            raise ValueError(f"cannot read tokenizer.model {model_path}: {error.strerror}; check the path") from error
         except RuntimeError as error:
-            raise ValueError(
-                f"tokenizer.model {model_path} is not a SentencePiece model ({error})"
-            ) from error
+            raise ValueError(f"tokenizer.model {model_path} is not a SentencePiece model ({error})") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
@@ -124,14 +118,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; padding and end of text are nothing."""
         _check_ids(ids, self.vocab_size)
-        return str(
-            self._processor.decode([index for index in ids if index not in (self.eos_id, self.pad_id)])
-        )
+        return str(self._processor.decode([index for index in ids if index not in (self.eos_id, self.pad_id)]))
 
 
-def build_tokenizer(
-    kind: Literal["characters", "sentencepiece"], alphabet: str, model: str | None
-) -> Tokenizer:
+def build_tokenizer(kind: Literal["characters", "sentencepiece"], alphabet: str, model: str | None) -> Tokenizer:
     """The tokenizer of a config: ``alphabet`` for characters, ``model`` (a path) for sentencepiece."""
     if kind == "characters":
         return CharacterTokenizer(alphabet)
@@ -165,9 +155,7 @@ def read_prompts(
         where = f"{path}:{number}"
         prompt = _parse_prompt(line, where, number, tokenizer)
         if prompt.id in lines_of_ids:
-            raise DataError(
-                f"{where}: id {prompt.id!r} is taken by line {lines_of_ids[prompt.id]}: ids must differ"
-            )
+            raise DataError(f"{where}: id {prompt.id!r} is taken by line {lines_of_ids[prompt.id]}: ids must differ")
         lines_of_ids[prompt.id] = number
         excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length)
         if excess and long_prompts == "refuse":
@@ -177,9 +165,7 @@ def read_prompts(
         else:
             prompts.append(prompt)
     if not prompts:
-        found = (
-            f"all {num_skipped} prompts are over the length budget" if num_skipped else "the file is empty"
-        )
+        found = f"all {num_skipped} prompts are over the length budget" if num_skipped else "the file is empty"
         raise DataError(f"{path}: no prompt to use: {found}")
     return prompts, num_skipped
 
@@ -230,13 +216,9 @@ def _parse_prompt(line: dict[str, Any], where: str, number: int, tokenizer: Toke
 def _string(line: dict[str, Any], key: str, where: str, *, default: str) -> str:
     value = line.get(key, default)
     if not isinstance(value, str):
-        raise DataError(
-            f'{where}: "{key}" must be a string, found {kind_of(value)}: put it in quotes or leave it out'
-        )
+        raise DataError(f'{where}: "{key}" must be a string, found {kind_of(value)}: put it in quotes or leave it out')
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(
-            f'{where}: "{key}" has half of a surrogate pair, which is not text: repair the escape \\uD8..'
-        )
+        raise DataError(f'{where}: "{key}" has half of a surrogate pair, which is not text: repair the escape \\uD8..')
     return value
 
 
@@ -246,15 +228,11 @@ def _over_budget(
     """What is longer than its budget, "" if nothing is."""
     num_tokens = len(prompt.tokens)
     if num_tokens > max_prompt_length:
-        return (
-            f"the prompt has {num_tokens} tokens, the budget (data.max_prompt_length) is {max_prompt_length}"
-        )
+        return f"the prompt has {num_tokens} tokens, the budget (data.max_prompt_length) is {max_prompt_length}"
     if max_answer_length is None:
         return ""
     if not prompt.answer:
-        raise DataError(
-            f'{where}: "answer" is missing or empty: training on reference answers needs one on every line'
-        )
+        raise DataError(f'{where}: "answer" is missing or empty: training on reference answers needs one on every line')
     answer_length = len(tokenizer.encode(prompt.answer)) + 1
     if answer_length > max_answer_length:
         return f"the answer has {answer_length} tokens with its end token, the budget is {max_answer_length}"
@@ -264,9 +242,7 @@ def _over_budget(
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
     wrong = next((index for index in ids if not 0 <= index < vocab_size), None)
     if wrong is not None:
-        raise ValueError(
-            f"id {wrong} is not in [0, {vocab_size}), the tokenizer's ids: was it another tokenizer's?"
-        )
+        raise ValueError(f"id {wrong} is not in [0, {vocab_size}), the tokenizer's ids: was it another tokenizer's?")
 
 
 def _fingerprint(kind: bytes, content: bytes) -> str:

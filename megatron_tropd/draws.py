@@ -37,9 +37,7 @@ class Stream(IntEnum):
     """The order of the prompts; sample id = epoch, position = prompt."""
 
 
-def uniforms(
-    seed: int, stream: Stream, sample_ids: torch.Tensor | int, positions: torch.Tensor | int
-) -> torch.Tensor:
+def uniforms(seed: int, stream: Stream, sample_ids: torch.Tensor | int, positions: torch.Tensor | int) -> torch.Tensor:
     """Draws in [0, 1), fp32, multiples of 2^-24 (so never 1), one for each pair of sample id and position.
 
     ``sample_ids`` and ``positions`` are int64 tensors of any shapes that broadcast, or ints (positions in [0,
@@ -101,9 +99,7 @@ def _multiply(words: torch.Tensor, multipliers: torch.Tensor) -> tuple[torch.Ten
     return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-def _as_tensors(
-    sample_ids: torch.Tensor | int, positions: torch.Tensor | int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _as_tensors(sample_ids: torch.Tensor | int, positions: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as int64 tensors, an int on the other's device."""
     if not isinstance(sample_ids, torch.Tensor):
         device = positions.device if isinstance(positions, torch.Tensor) else None

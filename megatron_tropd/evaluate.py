@@ -74,7 +74,7 @@ class Evaluator:
     """Greedy accuracy on the held-out prompts of a run; calls return the same metrics on every rank."""
 
     def __init__(self, run: Run, model: GPTModel, *, vocab_size: int):
-        """Reads ``data.validation`` (its first ``training.eval_samples`` prompts); without it there is nothing to do."""
+        """Reads the first ``training.eval_samples`` prompts of ``data.validation``, which may be absent."""
         config = run.config
         self._run = run
         self._prompts: list[Prompt] = []
@@ -148,9 +148,7 @@ def _refuse_unanswerable(prompts: Sequence[Prompt]) -> None:
         raise ValueError("there are no prompts to evaluate: check data.validation")
     for prompt in prompts:
         if not prompt.answer:
-            raise ValueError(
-                f"prompt {prompt.id!r} has no reference answer: evaluation needs one for every prompt"
-            )
+            raise ValueError(f"prompt {prompt.id!r} has no reference answer: evaluation needs one for every prompt")
 
 
 def _is_right(rollout: Rollout, tokenizer: Tokenizer) -> bool:

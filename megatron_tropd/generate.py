@@ -29,7 +29,9 @@ def generate(config: Config) -> None:
         prompts, _ = read_prompts(
             config.data.train, run.tokenizer, config.data.max_prompt_length, config.data.long_prompts
         )
-        assert config.teacher is not None and config.guidance.answers is not None  # validate() has refused a run without
+        assert (
+            config.teacher is not None and config.guidance.answers is not None
+        )  # validate() has refused a run without
         path = Path(config.guidance.answers)
         with AnswerWriter(path, _header(run)) if run.layout.is_main else nullcontext() as writer:
             waiting = _unanswered(prompts, writer)

@@ -35,9 +35,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}): every line must be one JSON object") from error
     if not isinstance(value, dict):
-        raise DataError(
-            f"{where}: a JSON object is needed, found {kind_of(value)}: write {{...}} on every line"
-        )
+        raise DataError(f"{where}: a JSON object is needed, found {kind_of(value)}: write {{...}} on every line")
     return value
 
 

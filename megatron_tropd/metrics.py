@@ -132,10 +132,7 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 def rollout_metrics(rollouts: Sequence[Rollout], layout: Layout) -> dict[str, float]:
     """Means over the global batch: tokens of teacher prefix and of response, and the share of finished sequences."""
     sums = torch.tensor(
-        [
-            [len(rollout.request.prefix), len(rollout.response), float(rollout.finished), 1.0]
-            for rollout in rollouts
-        ]
+        [[len(rollout.request.prefix), len(rollout.response), float(rollout.finished), 1.0] for rollout in rollouts]
         or [[0.0] * 4],
         dtype=torch.float64,
         device=layout.device,

@@ -184,12 +184,14 @@ def _global_name(model: GPTModel, name: str) -> str:
     return name
 
 
-def _draw_whole(name: str, parameter: torch.Tensor, layout: Layout, *, vocab_size: int, seed: int) -> torch.Tensor:
+def _draw_whole(
+    name: str, parameter: torch.nn.Parameter, layout: Layout, *, vocab_size: int, seed: int
+) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= layout.tensor_parallel_size
+    if (dim := _partition_dim(parameter)) is not None:
+        shape[dim] *= layout.tensor_parallel_size
     if "embedding" not in name and "output_layer" not in name:
         return torch.randn(shape, generator=generator)
     rows = torch.randn([vocab_size, *shape[1:]], generator=generator)
@@ -198,11 +200,16 @@ def _draw_whole(name: str, parameter: torch.Tensor, layout: Layout, *, vocab_siz
 
 def _shard(whole: torch.Tensor, parameter: torch.Tensor, layout: Layout, *, num_blocks: int) -> torch.Tensor:
     """This rank's part; a gated projection is two blocks (gate, up), each cut on its own."""
-    if not getattr(parameter, "tensor_model_parallel", False):
+    dim = _partition_dim(parameter)
+    if dim is None:
         return whole
     size, rank = layout.tensor_parallel_size, layout.tensor_parallel_rank
-    blocks = whole.chunk(num_blocks, dim=parameter.partition_dim)
-    return torch.cat([b.chunk(size, dim=parameter.partition_dim)[rank] for b in blocks], dim=parameter.partition_dim)
+    return torch.cat([block.chunk(size, dim=dim)[rank] for block in whole.chunk(num_blocks, dim=dim)], dim=dim)
+
+
+def _partition_dim(parameter: torch.Tensor) -> int | None:
+    """The dimension that Megatron cuts over tensor-parallel ranks; None for a replicated parameter."""
+    return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 # ------------------------------------------------------------------------------------------------- inference traces

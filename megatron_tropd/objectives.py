@@ -108,9 +108,7 @@ def preset(name: str, **overrides: Any) -> Objective:
 def _expand_beta(base: Objective, overrides: dict[str, Any]) -> dict[str, Any]:
     field = "jsd_beta" if base.on_policy == "jsd" else "guidance_beta"
     if field in overrides:
-        raise ValueError(
-            f"objective {base.name!r}: beta and {field} are the same option here; give one of them"
-        )
+        raise ValueError(f"objective {base.name!r}: beta and {field} are the same option here; give one of them")
     rest = {key: value for key, value in overrides.items() if key != "beta"}
     return {**rest, field: overrides["beta"]}
 
@@ -151,24 +149,14 @@ def _check_numbers(objective: Objective) -> None:
 
 def _check_combination(objective: Objective, overrides: dict[str, Any]) -> None:
     name = objective.name
-    if objective.on_policy != "sampled" and (
-        given := [key for key in ("gate", "outlier") if key in overrides]
-    ):
-        raise ValueError(
-            f"objective {name!r} has no trust gate, so {given[0]} has no effect; use preset 'tropd'"
-        )
+    if objective.on_policy != "sampled" and (given := [key for key in ("gate", "outlier") if key in overrides]):
+        raise ValueError(f"objective {name!r} has no trust gate, so {given[0]} has no effect; use preset 'tropd'")
     if "outlier" in overrides and objective.gate == "none" and "gate" not in overrides:
-        raise ValueError(
-            f"objective {name!r} trusts every token, so outlier has no effect; give gate='static' too"
-        )
+        raise ValueError(f"objective {name!r} trusts every token, so outlier has no effect; give gate='static' too")
     if objective.gate == "reject" and objective.outlier == "mask":
-        raise ValueError(
-            f"objective {name!r}: gate 'reject' with outlier 'mask' leaves no loss; use outlier 'fkl'"
-        )
+        raise ValueError(f"objective {name!r}: gate 'reject' with outlier 'mask' leaves no loss; use outlier 'fkl'")
     if objective.tail == "bucket" and objective.renormalize != "none":
-        raise ValueError(
-            f"objective {name!r}: tail 'bucket' already sums to 1; use renormalize='none' with it"
-        )
+        raise ValueError(f"objective {name!r}: tail 'bucket' already sums to 1; use renormalize='none' with it")
 
 
 def acceptance_probability(rewards_N: torch.Tensor) -> torch.Tensor:
@@ -265,9 +253,7 @@ def token_losses(
     return loss_N
 
 
-def _policy_gradient(
-    weights_N: torch.Tensor, advantages_N: torch.Tensor, log_probs_N: torch.Tensor
-) -> torch.Tensor:
+def _policy_gradient(weights_N: torch.Tensor, advantages_N: torch.Tensor, log_probs_N: torch.Tensor) -> torch.Tensor:
     """-weight * sg(advantage) * log pi_S(x); with advantage R this is K1 reverse KL (METHOD 1, "trust region")."""
     # A rejected token may have R = -inf: it is masked before the product, or 0 * inf = nan would reach the gradient.
     live = weights_N != 0

@@ -10,6 +10,7 @@ import torch
 
 from megatron_tropd.config import OptimizerConfig
 from megatron_tropd.distributed import Layout
+from megatron_tropd.pair import StudentTeacherStage
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def wrap_data_parallel(
-    stage: torch.nn.Module, config: OptimizerConfig, layout: Layout, *, overlap: bool
+    stage: StudentTeacherStage, config: OptimizerConfig, layout: Layout, *, overlap: bool
 ) -> DistributedDataParallel:
     """Megatron DDP over the trainable parameters of ``stage``, whose student config learns where gradients go.
 

@@ -89,7 +89,12 @@ def _run_model(model: GPTModel, batch: MicroBatch) -> torch.Tensor:
 
 
 def _loss_position_logits(
-    *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: torch.Tensor, **_: Any
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    context: torch.Tensor,
+    **_: Any,
 ) -> torch.Tensor:
     """Megatron's ``output_processor``: logits ``[N, V]`` of the rows that ``context`` (bool ``[B, S]``) selects."""
     rows_N1H = hidden_states.transpose(0, 1)[context].unsqueeze(1)

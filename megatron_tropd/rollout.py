@@ -30,9 +30,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.inference_request import InferenceRequest
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.inference.text_generation_controllers.text_generation_controller import (
-    TextGenerationController,
-)
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 
@@ -258,9 +256,7 @@ class _Controller(TextGenerationController):
                 raise ValueError(
                     f"sample {request.sample_id}: the model's logits are not finite; its weights are broken"
                 )
-            rollouts.append(
-                Rollout(request, response, log_probs, finished=response[-1] == self.engine.eos_id)
-            )
+            rollouts.append(Rollout(request, response, log_probs, finished=response[-1] == self.engine.eos_id))
         return rollouts
 
 

@@ -173,8 +173,9 @@ def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], b
     dist.all_gather_object(gathered, bad_samples)
     samples = sorted({sample for ids in gathered for sample in ids})
     what = "loss" if flags[1] else "gradient"
+    where = f"samples {samples}" if samples else "no single sample"
     raise NonFiniteError(
-        f"step {batch.step}: the {what} is not finite ({'samples ' + str(samples) if samples else 'no single sample'}). "
+        f"step {batch.step}: the {what} is not finite ({where}). "
         "The optimizer has not moved; the last checkpoint is intact. Plain K1 (opd, or gate=none) diverges where the "
         "teacher gives a sampled token no mass: use gate=bernoulli, or lower the learning rate."
     )

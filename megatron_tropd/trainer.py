@@ -104,13 +104,19 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step)
     evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size)
     bar = tqdm(
-        total=training.train_iters, initial=first_step, desc=learner.objective.name, disable=not layout.is_main, unit="step"
+        total=training.train_iters,
+        initial=first_step,
+        desc=learner.objective.name,
+        disable=not layout.is_main,
+        unit="step",
     )
     for step in range(first_step, training.train_iters):
         metrics = evaluator() if _evaluates(training.eval_interval, step) else {}
         metrics |= _one_step(run, learner, trajectories, step)
         log.write({"step": step, **metrics})
-        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "grad_norm", "outlier_share")}, refresh=False)
+        bar.set_postfix(
+            {name: f"{metrics[name]:.3g}" for name in ("loss", "grad_norm", "outlier_share")}, refresh=False
+        )
         bar.update()
         stop = run.should_stop()
         done = step + 1

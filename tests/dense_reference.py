@@ -74,9 +74,7 @@ def top_k_ids(logits_TV: torch.Tensor, k: int) -> torch.Tensor:
     return logits_TV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def _top_k_kl(
-    log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _top_k_kl(log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     ids = top_k_ids(log_q, objective.top_k)
     log_q_K, log_p_K = log_q.gather(1, ids), log_p.gather(1, ids)
     q_K, mass = log_q_K.exp(), log_q_K.exp().sum(-1)
@@ -108,7 +106,7 @@ def _sampled(
     M = {
         "none": lambda: torch.ones_like(R),
         "reject": lambda: torch.zeros_like(R),
-        "static": lambda: 1.0 - (R <= objective.tau).double(),
+        "static": lambda: 1.0 - (objective.tau >= R).double(),
         "soft": lambda: acceptance,
         "bernoulli": lambda: (u < acceptance).double(),
     }[objective.gate]()

@@ -86,7 +86,7 @@ def _rank_main(
         if dist.is_initialized():
             dist.barrier()
         sender.send((True, result))
-    except BaseException:  # noqa: BLE001 - whatever ends a rank is the parent's to report
+    except BaseException:
         sender.send((False, traceback.format_exc()))
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -109,9 +109,8 @@ def _collect(receivers: list[multiprocessing.connection.Connection], timeout: fl
             deadline = min(deadline, time.monotonic() + 1)
     if failures or waiting:
         tracebacks = "\n".join(f"--- rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
-        silent = (
-            f"\n--- no answer within {timeout} s, or ended with the others: ranks {sorted(waiting)}"
-            * bool(waiting)
+        silent = f"\n--- no answer within {timeout} s, or ended with the others: ranks {sorted(waiting)}" * bool(
+            waiting
         )
         raise AssertionError(f"{len(failures)} rank(s) failed{silent}\n{tracebacks}")
     return [results[rank] for rank in range(len(receivers))]

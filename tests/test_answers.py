@@ -12,9 +12,7 @@ from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter, prom
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.types import Prompt
 
-HEADER = AnswerHeader(
-    "f" * 64, {"load": "runs/teacher"}, {"temperature": 1.0, "max_response_length": 6, "seed": 3}
-)
+HEADER = AnswerHeader("f" * 64, {"load": "runs/teacher"}, {"temperature": 1.0, "max_response_length": 6, "seed": 3})
 PROMPTS = [Prompt(name, f"{name}=", (10 + index, 13), "") for index, name in enumerate("abcd")]
 ANSWERS: dict[str, list[tuple[int, ...]]] = {
     "a": [(5, 6, 7, 1)],
@@ -63,9 +61,7 @@ def test_a_prompt_the_store_does_not_answer_is_refused(store_path: Path) -> None
 
 
 def test_a_store_of_another_tokenizer_is_refused(store_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"ids of another tokenizer \(ffffffffffff..., this run has eeeeeeeeeeee..."
-    ):
+    with pytest.raises(DataError, match=r"ids of another tokenizer \(ffffffffffff..., this run has eeeeeeeeeeee..."):
         read_store(store_path, tokenizer_fingerprint="e" * 64)
     # The largest stored id is 9.
     assert read_store(store_path, vocab_size=10)
@@ -143,9 +139,7 @@ def test_a_writer_knows_what_is_done(store_path: Path) -> None:
 def test_a_writer_refuses_a_file_that_is_not_its_own(store_path: Path, tmp_path: Path) -> None:
     other = AnswerHeader("f" * 64, {"load": "runs/teacher"}, {"temperature": 0.5})
     before = store_path.read_bytes()
-    with pytest.raises(
-        DataError, match="answers.jsonl:1: the file exists with another header, .*write to another"
-    ):
+    with pytest.raises(DataError, match="answers.jsonl:1: the file exists with another header, .*write to another"):
         AnswerWriter(store_path, other)
     assert store_path.read_bytes() == before
     for content in (b"my notes\n", b"my notes", b"\xff\xfe"):

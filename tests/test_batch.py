@@ -41,9 +41,7 @@ def random_rollouts(num_rollouts: int, seed: int = 0) -> list[Rollout]:
     def tokens(low: int, high: int) -> list[int]:
         return [generator.randrange(2, 50) for _ in range(generator.randint(low, high))]
 
-    return [
-        make_rollout(100 + index, tokens(1, 9), tokens(0, 6), tokens(0, 12)) for index in range(num_rollouts)
-    ]
+    return [make_rollout(100 + index, tokens(1, 9), tokens(0, 6), tokens(0, 12)) for index in range(num_rollouts)]
 
 
 def rows_by_sample(batches: list[Batch]) -> dict[int, dict[str, list[Any]]]:
@@ -121,9 +119,7 @@ def test_sequence_weights_are_means_over_the_positions_of_each_sequence() -> Non
 
 
 def test_missing_rollouts_become_rows_of_padding() -> None:
-    batch = build(
-        [make_rollout(4, [10], [], [30])], micro_batch_size=2, num_micro_batches=2, pad_to_multiple_of=2
-    )
+    batch = build([make_rollout(4, [10], [], [30])], micro_batch_size=2, num_micro_batches=2, pad_to_multiple_of=2)
     first, second = batch.micro_batches
     assert first.sample_ids == (4, -1) and first.num_loss_terms == 1
     assert first.tokens_BS.tolist() == [[10, PAD], [PAD, PAD]]
@@ -207,9 +203,7 @@ def test_shares_are_equal_in_number_and_balanced_in_length() -> None:
 
 def test_answers_are_trajectories_of_guidance_alone() -> None:
     prompts = [Prompt("a", "1+1=", (3, 4), "2"), Prompt("b", "2+2=", (3, 5), "44")]
-    rollouts = answers_as_rollouts(
-        prompts, encode=lambda text: [int(c) for c in text], eos_id=1, first_sample_id=40
-    )
+    rollouts = answers_as_rollouts(prompts, encode=lambda text: [int(c) for c in text], eos_id=1, first_sample_id=40)
     assert [rollout.request.sample_id for rollout in rollouts] == [40, 41]
     assert rollouts[1] == Rollout(RolloutRequest(41, prompts[1], (4, 4, 1)), (), (), finished=True)
     (micro_batch,) = build(rollouts).micro_batches
@@ -228,9 +222,7 @@ def test_refusals() -> None:
     assert build([rollout], max_sequence_length=5)
     with pytest.raises(ValueError, match="sample 3: its prompt has no tokens"):
         build([make_rollout(3, [], [], [30])])
-    with pytest.raises(
-        ValueError, match="3 rollouts do not fit 1 micro-batches of 2: training.global_batch_size"
-    ):
+    with pytest.raises(ValueError, match="3 rollouts do not fit 1 micro-batches of 2: training.global_batch_size"):
         build([rollout] * 3, micro_batch_size=2)
     with pytest.raises(ValueError, match="5 sequences do not divide over 2 data-parallel ranks"):
         split_for_rank(range(5), [1] * 5, rank=0, size=2)

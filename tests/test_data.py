@@ -80,9 +80,7 @@ def test_character_tokenizer_refusals() -> None:
 def test_fingerprint_tells_what_decides_ids() -> None:
     assert DIGITS.fingerprint == CharacterTokenizer("0123456789+=").fingerprint
     assert len(DIGITS.fingerprint) == 64
-    others = {
-        CharacterTokenizer(alphabet).fingerprint for alphabet in ("0123456789=+", "0123456789+", "é", "e")
-    }
+    others = {CharacterTokenizer(alphabet).fingerprint for alphabet in ("0123456789=+", "0123456789+", "é", "e")}
     assert len(others | {DIGITS.fingerprint}) == 5
 
 
@@ -126,8 +124,7 @@ def test_build_tokenizer() -> None:
 
 def test_prompts_are_read_in_order(prompt_file: Callable[[str], Path]) -> None:
     path = prompt_file(
-        '{"prompt": "1+1=", "answer": "2", "id": "first", "source": "ignored"}\n'
-        '{"prompt": "2+2="}\n{"prompt":"3+3="}'
+        '{"prompt": "1+1=", "answer": "2", "id": "first", "source": "ignored"}\n{"prompt": "2+2="}\n{"prompt":"3+3="}'
     )
     prompts, num_skipped = read_prompts(path, DIGITS, 4, "refuse")
     assert num_skipped == 0
@@ -142,9 +139,7 @@ def test_long_prompts_are_skipped_and_counted_or_refused(prompt_file: Callable[[
     path = prompt_file('{"prompt": "1+1="}\n{"prompt": "12+1="}\n{"prompt": "123+1="}\n')
     prompts, num_skipped = read_prompts(path, DIGITS, 4, "skip")
     assert [prompt.text for prompt in prompts] == ["1+1="] and num_skipped == 2
-    message = (
-        r"prompts.jsonl:2: the prompt has 5 tokens, the budget \(data.max_prompt_length\) is 4; shorten it"
-    )
+    message = r"prompts.jsonl:2: the prompt has 5 tokens, the budget \(data.max_prompt_length\) is 4; shorten it"
     with pytest.raises(DataError, match=message):
         read_prompts(path, DIGITS, 4, "refuse")
     with pytest.raises(DataError, match="no prompt to use: all 3 prompts are over the length budget"):
@@ -157,9 +152,7 @@ def test_answers_for_training(prompt_file: Callable[[str], Path]) -> None:
     assert len(read_prompts(path, DIGITS, 4, "refuse", max_answer_length=3)[0]) == 2
     prompts, num_skipped = read_prompts(path, DIGITS, 4, "skip", max_answer_length=2)
     assert [prompt.answer for prompt in prompts] == ["2"] and num_skipped == 1
-    with pytest.raises(
-        DataError, match="prompts.jsonl:2: the answer has 3 tokens with its end token, the budget is 2"
-    ):
+    with pytest.raises(DataError, match="prompts.jsonl:2: the answer has 3 tokens with its end token, the budget is 2"):
         read_prompts(path, DIGITS, 4, "refuse", max_answer_length=2)
     path = prompt_file('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "5+5="}\n')
     with pytest.raises(DataError, match='prompts.jsonl:2: "answer" is missing or empty'):
@@ -215,9 +208,7 @@ def test_files_that_cannot_be_used(prompt_file: Callable[[str], Path], tmp_path:
         read_prompts(tmp_path, DIGITS, 4, "skip")
 
 
-def test_a_prompt_without_tokens_is_refused(
-    prompt_file: Callable[[str], Path], sentencepiece_model: Path
-) -> None:
+def test_a_prompt_without_tokens_is_refused(prompt_file: Callable[[str], Path], sentencepiece_model: Path) -> None:
     # SentencePiece drops a zero-width space; Python does not strip it.
     path = prompt_file('{"prompt": "\\u200b"}\n')
     with pytest.raises(DataError, match="prompts.jsonl:1: .*has no tokens under this tokenizer"):
@@ -257,9 +248,7 @@ def run_make_data(out: Path, *arguments: str) -> tuple[list[dict[str, Any]], lis
 
 
 def test_sums_are_right_and_held_out(tmp_path: Path) -> None:
-    train, validation = run_make_data(
-        tmp_path, "--digits", "2", "--num-train", "400", "--num-validation", "100"
-    )
+    train, validation = run_make_data(tmp_path, "--digits", "2", "--num-train", "400", "--num-validation", "100")
     assert len(train) == 400 and len(validation) == 100
     pairs = []
     for line in train + validation:
@@ -281,9 +270,7 @@ def test_sums_depend_on_the_seed_and_held_out_ones_on_nothing_else(tmp_path: Pat
 
 def test_make_data_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # One digit: 10 * 11 / 2 = 55 unordered pairs.
-    assert (
-        len(run_make_data(tmp_path, "--digits", "1", "--num-train", "50", "--num-validation", "5")[0]) == 50
-    )
+    assert len(run_make_data(tmp_path, "--digits", "1", "--num-train", "50", "--num-validation", "5")[0]) == 50
     with pytest.raises(SystemExit):
         run_make_data(tmp_path, "--digits", "1", "--num-train", "51", "--num-validation", "5")
     assert "56 sums asked for, but 1 digits give only 55" in capsys.readouterr().err

@@ -18,10 +18,7 @@ ANSWERS: dict[str, list[tuple[int, ...]]] = {"a": [(5, 6, 7, 1)], "b": [(8, 1), 
 STORE = AnswerStore(
     AnswerHeader("f" * 64, {}, {}),
     {
-        prompt.id: [
-            Answer(array("i", tokens), tokens[-1] == 1, prompt_digest(prompt))
-            for tokens in ANSWERS[prompt.id]
-        ]
+        prompt.id: [Answer(array("i", tokens), tokens[-1] == 1, prompt_digest(prompt)) for tokens in ANSWERS[prompt.id]]
         for prompt in PROMPTS
     },
 )

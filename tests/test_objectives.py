@@ -131,9 +131,7 @@ def test_hand_worked_truncated_forward_kl(
 
 def test_floor_stops_the_gradient_below_it() -> None:
     student = log(1 / 4, 1 / 2)[None].requires_grad_()
-    top_k_forward_kl(
-        preset("tropd", student_log_prob_min=-1.0), student, log(1 / 2, 1 / 4)[None]
-    ).sum().backward()
+    top_k_forward_kl(preset("tropd", student_log_prob_min=-1.0), student, log(1 / 2, 1 / 4)[None]).sum().backward()
     assert student.grad is not None
     assert student.grad.tolist() == [[0.0, pytest.approx(-0.25)]]
 

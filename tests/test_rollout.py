@@ -62,9 +62,7 @@ def requests(count: int = 24, *, first: int = 100) -> list[RolloutRequest]:
 def _build(layout: Any, config: ModelConfig = MODEL) -> Any:
     from megatron_tropd.models import build_model
 
-    return build_model(
-        config, layout, vocab_size=VOCAB_SIZE, max_sequence_length=64, dtype=torch.float32, seed=3
-    )
+    return build_model(config, layout, vocab_size=VOCAB_SIZE, max_sequence_length=64, dtype=torch.float32, seed=3)
 
 
 def _engine(model: Any, layout: Any, **options: Any) -> Any:
@@ -117,9 +115,7 @@ class _Script:
         assert max_response_length == BUDGET
         cut_off = [int(request.prompt.id) % 3 == 0 for request in requests]
         return [
-            Rollout(
-                r, r.prompt.tokens if cut else (*r.prompt.tokens, EOS), (-1.0,) * (1 if cut else 2), not cut
-            )
+            Rollout(r, r.prompt.tokens if cut else (*r.prompt.tokens, EOS), (-1.0,) * (1 if cut else 2), not cut)
             for r, cut in zip(requests, cut_off, strict=True)
         ]
 
@@ -273,8 +269,7 @@ def _full_log_probs(model: Any, rollout: Rollout) -> list[float]:
 def results() -> dict[tuple[int, int, int], list[dict[str, Any]]]:
     """By (world size, tensor, pipeline): the results of every rank."""
     by_world_size = {
-        world_size: run_ranks(world_size, _results_of_a_rank, world_size, timeout=120)
-        for world_size in LAYOUTS
+        world_size: run_ranks(world_size, _results_of_a_rank, world_size, timeout=120) for world_size in LAYOUTS
     }
     return {
         (world_size, tp, pp): [by_layout[tp, pp] for by_layout in by_world_size[world_size]]
@@ -344,9 +339,7 @@ def test_evaluation_is_of_all_prompts_on_every_rank(results: Any, case: Any) -> 
         assert report["mean_response_length"] == (3 * 1 + 4 * 2) / 7
         # Wilson, by hand: centre (5/7 + z^2/14) / (1 + z^2/7), half-width z sqrt(10/343 + z^2/196) / (1 +
         # z^2/7).
-        assert (report["accuracy_low"], report["accuracy_high"]) == pytest.approx(
-            (0.35893, 0.91778), abs=1e-5
-        )
+        assert (report["accuracy_low"], report["accuracy_high"]) == pytest.approx((0.35893, 0.91778), abs=1e-5)
 
 
 def test_evaluation_refuses_what_it_cannot_score(single: dict[str, Any]) -> None:
@@ -453,9 +446,7 @@ def test_temperature_divides_the_logits_and_leaves_the_log_probs() -> None:
 def test_top_p_keeps_the_fewest_ids_that_reach_the_mass() -> None:
     logits_V = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64).log()
     np.testing.assert_allclose(_histogram(logits_V, temperature=1.0, top_p=0.5), [0, 1, 0, 0], atol=1e-4)
-    np.testing.assert_allclose(
-        _histogram(logits_V, temperature=1.0, top_p=0.7), [0, 2 / 3, 0, 1 / 3], atol=1e-4
-    )
+    np.testing.assert_allclose(_histogram(logits_V, temperature=1.0, top_p=0.7), [0, 2 / 3, 0, 1 / 3], atol=1e-4)
     np.testing.assert_allclose(
         _histogram(logits_V, temperature=1.0, top_p=0.76), [0, 5 / 9, 1.5 / 9, 2.5 / 9], atol=1e-4
     )

@@ -62,14 +62,18 @@ def test_gradients_are_the_same_for_every_layout_and_micro_batch_split(gradient_
                 for gradients, sums in stages:
                     for name, gradient in gradients.items():
                         error = (gradient - reference[name]).norm() / norm
-                        assert error < 1e-5, f"tp {tp} pp {pp} dp {dp}, {num_micro_batches} micro-batches: {name} {error}"
+                        assert error < 1e-5, (
+                            f"tp {tp} pp {pp} dp {dp}, {num_micro_batches} micro-batches: {name} {error}"
+                        )
                     assert sums == pytest.approx(reference_sums, rel=1e-4, abs=1e-4)
 
 
 def test_the_reference_gradient_is_not_trivial(gradient_folder: Path) -> None:
     gradients, sums = _reference(gradient_folder)
     assert all(gradient.norm() > 0 for gradient in gradients.values())
-    assert sums["guidance_tokens"] > 0 and sums["on_policy_tokens"] > 0 and 0 < sums["outlier"] < sums["on_policy_tokens"]
+    assert (
+        sums["guidance_tokens"] > 0 and sums["on_policy_tokens"] > 0 and 0 < sums["outlier"] < sums["on_policy_tokens"]
+    )
 
 
 def _record_messages() -> None:
@@ -92,7 +96,9 @@ def _record_messages() -> None:
     P2PCommunicator._communicate = recorded
     forward_backward(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=4))
     both = tiny.STUDENT.hidden_size + tiny.TEACHER.hidden_size
-    assert sent == ({"next": {both}, "prev": set()} if layout.rank == 0 else {"next": set(), "prev": {tiny.STUDENT.hidden_size}})
+    assert sent == (
+        {"next": {both}, "prev": set()} if layout.rank == 0 else {"next": set(), "prev": {tiny.STUDENT.hidden_size}}
+    )
 
 
 def test_both_hidden_states_travel_forward_and_the_students_gradient_alone_backward() -> None:

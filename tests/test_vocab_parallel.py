@@ -47,9 +47,7 @@ def test_hand_worked_gradients() -> None:
     )
     loss.sum().backward()
     # none; -1/2 ln(1/2); -R ln pi_S = -(-2 L)(-L); 1/2 ln((1/2)/(1/8)) + 1/4 ln((1/4)/(1/8)) = L + L/4
-    torch.testing.assert_close(
-        loss.detach(), torch.tensor([0, L / 2, -2 * L**2, 1.25 * L]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(loss.detach(), torch.tensor([0, L / 2, -2 * L**2, 1.25 * L]), atol=1e-6, rtol=0)
     expected = [
         [0, 0, 0, 0],
         # beta (pi_S - 1[x])
@@ -64,9 +62,7 @@ def test_hand_worked_gradients() -> None:
     torch.testing.assert_close(report["p_trust"], torch.tensor([0, 0.25, 0.25, 0.25]), atol=1e-6, rtol=0)
     assert report.trust.tolist() == [0, 0, 1, 0] and report.outlier.tolist() == [0, 0, 0, 1]
     torch.testing.assert_close(report.teacher_top_k_mass, torch.tensor([0, 0, 0, 0.75]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        report.outlier_forward_kl, torch.tensor([0, 0, 0, 1.25 * L]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(report.outlier_forward_kl, torch.tensor([0, 0, 0, 1.25 * L]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -115,9 +111,7 @@ def test_equal_models_have_zero_gradient(name: str) -> None:
     assert report.outlier.sum() == 0
 
 
-@pytest.mark.parametrize(
-    "objective", [preset("tropd", top_k=5), preset("fkl", top_k=5, renormalize="teacher")]
-)
+@pytest.mark.parametrize("objective", [preset("tropd", top_k=5), preset("fkl", top_k=5, renormalize="teacher")])
 def test_ties_at_the_last_place_take_the_lowest_ids(objective: Objective) -> None:
     """Three distinct teacher logits, both zeros among them: nearly every boundary is a tie."""
     case = make_case(103, 110, 120)
@@ -236,9 +230,7 @@ def test_outlier_share_is_the_total_variation() -> None:
     teacher = student + torch.randn(5000, 40, generator=generator)
     tokens = torch.multinomial(student.softmax(-1), 1, generator=generator)[:, 0]
     torch.manual_seed(5)
-    _, report = distillation_loss(
-        student, teacher, tokens, torch.full((5000,), 2), preset("tropd"), vocab_size=40
-    )
+    _, report = distillation_loss(student, teacher, tokens, torch.full((5000,), 2), preset("tropd"), vocab_size=40)
     variations = 0.5 * (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
     sigma = float((variations * (1 - variations)).sum().sqrt())
     assert 0.1 < float(variations.mean()) < 0.9

@@ -13,15 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from vocab_parallel_cases import (
-    VARIANTS,
-    Case,
-    CountCollectives,
-    check_against_dense,
-    make_case,
-    run_sharded,
-    shard,
-)
+from vocab_parallel_cases import VARIANTS, Case, CountCollectives, check_against_dense, make_case, run_sharded, shard
 
 from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.vocab_parallel import distillation_loss

@@ -26,9 +26,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
 VARIANTS: list[Objective] = [
     *(
         preset("tropd", gate=gate, outlier=outlier, top_k=7)
-        for gate, outlier in itertools.product(
-            ["bernoulli", "static", "soft", "none"], ["fkl", "mask", "clip"]
-        )
+        for gate, outlier in itertools.product(["bernoulli", "static", "soft", "none"], ["fkl", "mask", "clip"])
     ),
     preset("tropd", top_k=17, renormalize="teacher"),
     preset("tropd", top_k=17, gate="soft", renormalize="both"),
@@ -82,9 +80,7 @@ def make_case(
     regions = torch.randint(0, 3, (num_tokens,), generator=generator)
     tokens = torch.randint(0, vocab_size, (num_tokens,), generator=generator).where(regions != 0, -100)
     uniforms = torch.rand(num_tokens, generator=generator)
-    return Case(
-        student.to(dtype), teacher.to(dtype), tokens, regions, uniforms, normal(num_tokens), vocab_size
-    )
+    return Case(student.to(dtype), teacher.to(dtype), tokens, regions, uniforms, normal(num_tokens), vocab_size)
 
 
 def shard(logits_TV: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -130,9 +126,7 @@ def run_sharded(
     assert student.grad is not None
     assert student.grad.dtype == student.dtype and loss.dtype == torch.float32
     if not options.get("inplace_backward"):
-        assert torch.equal(student.detach().view(torch.uint8), student_before.view(torch.uint8)), (
-            "student modified"
-        )
+        assert torch.equal(student.detach().view(torch.uint8), student_before.view(torch.uint8)), "student modified"
     if teacher is not None and teacher_before is not None:
         assert torch.equal(teacher.view(torch.uint8), teacher_before.view(torch.uint8)), "teacher modified"
     return loss.detach(), report, unshard(student.grad, group)

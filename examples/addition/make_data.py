@@ -44,9 +44,7 @@ def write_sums(path: Path, sums: Sequence[dict[str, str]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write OUT/train.jsonl and OUT/validation.jsonl."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=int, default=4, help="digits of each number (default: 4)")
     parser.add_argument("--num-train", type=int, default=50_000, help="training sums (default: 50000)")
     parser.add_argument("--num-validation", type=int, default=1_000, help="held-out sums (default: 1000)")

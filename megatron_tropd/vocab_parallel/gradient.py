@@ -57,7 +57,7 @@ def student_gradient(
     """
     num_valid = len(terms.held)
     dense_N = _dense_coefficients(terms, log_prob_grads)
-    scatters = [_Scatter(ids, grad, terms.held) for ids, grad in zip(terms.read_ids, log_prob_grads)]
+    scatters = [_Scatter(ids, grad, terms.held) for ids, grad in zip(terms.read_ids, log_prob_grads, strict=False)]
     _zero_elsewhere(gradient_TV, terms.rows_N, num_valid)
     if num_valid == 0:
         return
@@ -77,7 +77,7 @@ def student_gradient(
 
 def _dense_coefficients(terms: StudentTerms, grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
     dense_N = torch.zeros_like(terms.log_sum_exp_N)
-    for ids, grad in zip(terms.read_ids, grads):
+    for ids, grad in zip(terms.read_ids, grads, strict=False):
         dense_N.index_add_(0, ids.rows_R, grad.sum(-1), alpha=-1)
     return dense_N
 

@@ -149,7 +149,7 @@ class _StudentTerms(torch.autograd.Function):
             read.ids_RL.new_zeros(read.ids_RL.shape, dtype=torch.float32)
             if grad is None
             else grad.view(read.ids_RL.shape)
-            for read, grad in zip(ctx.terms.read_ids, log_prob_grads)
+            for read, grad in zip(ctx.terms.read_ids, log_prob_grads, strict=False)
         )
         student_logits_TV = student_logits_TV.detach()
         gradient_TV = student_logits_TV if ctx.inplace_backward else torch.empty_like(student_logits_TV)

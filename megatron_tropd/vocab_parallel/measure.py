@@ -110,9 +110,7 @@ def measure(shards: Shards, tokens: Tokens, objective: Objective, full_statistic
     statistics = gather_statistics(shards, tokens, objective, teacher if want_pair else None)
     rewards_N = statistics.rewards()
     trust_N, outlier_N = _trust(objective, tokens, statistics, rewards_N)
-    top_k = (
-        _top_k(shards, tokens, objective, statistics, outlier_N, teacher) if objective.needs_top_k else None
-    )
+    top_k = _top_k(shards, tokens, objective, statistics, outlier_N, teacher) if objective.needs_top_k else None
     divergence_N, divergence = None, None
     if exact is not None and teacher is not None:
         divergence_N, divergence = _exact_divergence(shards, tokens, objective, statistics, teacher)

@@ -57,6 +57,7 @@ class Chunk:
 
     @property
     def num_rows(self) -> int:
+        """How many."""
         return int(self.span.stop - self.span.start)
 
 
@@ -134,10 +135,10 @@ def align_teacher(
         sent = [_overlap(student[r], teacher[rank]) if r != rank else range(0) for r in range(size)]
         wanted = [_overlap(student[rank], teacher[r]) if r != rank else range(0) for r in range(size)]
         pieces = _exchange(teacher_logits_TV, rows_N, teacher[rank].start, sent, wanted, group)
-        slivers = tuple((ids.start - student[rank].start, piece) for ids, piece in zip(wanted, pieces) if ids)
-    own = (
-        (both.start - student[rank].start, both.start - teacher[rank].start, len(both)) if both else (0, 0, 0)
-    )
+        slivers = tuple(
+            (ids.start - student[rank].start, piece) for ids, piece in zip(wanted, pieces, strict=False) if ids
+        )
+    own = (both.start - student[rank].start, both.start - teacher[rank].start, len(both)) if both else (0, 0, 0)
     return TeacherColumns(teacher_logits_TV, own, slivers, len(student[rank]))
 
 
@@ -155,12 +156,8 @@ def _exchange(
 ) -> list[torch.Tensor]:
     """One all-to-all of column ranges: ``sent[r]`` of ours to rank r, ``wanted[r]`` from it, each ``[N, count]``."""
     num_rows = rows_N.shape[0]
-    outgoing = [
-        logits_TV[rows_N, ids.start - first_id : ids.stop - first_id].flatten() for ids in sent if ids
-    ]
+    outgoing = [logits_TV[rows_N, ids.start - first_id : ids.stop - first_id].flatten() for ids in sent if ids]
     counts_in, counts_out = [num_rows * len(ids) for ids in wanted], [num_rows * len(ids) for ids in sent]
     received = logits_TV.new_empty(sum(counts_in))
-    dist.all_to_all_single(
-        received, torch.cat([logits_TV.new_empty(0), *outgoing]), counts_in, counts_out, group=group
-    )
-    return [piece.view(num_rows, len(ids)) for piece, ids in zip(received.split(counts_in), wanted)]
+    dist.all_to_all_single(received, torch.cat([logits_TV.new_empty(0), *outgoing]), counts_in, counts_out, group=group)
+    return [piece.view(num_rows, len(ids)) for piece, ids in zip(received.split(counts_in), wanted, strict=False)]

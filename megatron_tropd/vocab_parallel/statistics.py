@@ -20,9 +20,7 @@ from megatron_tropd.vocab_parallel.shards import TeacherColumns, chunks, columns
 _NO_MASS = float("-inf")
 
 
-def shard_statistics(
-    logits_TV: torch.Tensor, rows_N: torch.Tensor, ids_N: torch.Tensor, held: range
-) -> torch.Tensor:
+def shard_statistics(logits_TV: torch.Tensor, rows_N: torch.Tensor, ids_N: torch.Tensor, held: range) -> torch.Tensor:
     """One model, ``[N, 2]``: log-sum-exp over the ids this shard holds, and the logit of ``ids_N`` (-inf elsewhere).
 
     A shard that holds no id (all padding) reports -inf for both: no mass.
@@ -45,9 +43,7 @@ def _finite_peak(logits_CV: torch.Tensor) -> torch.Tensor:
     return peak_C.masked_fill(peak_C == _NO_MASS, 0)
 
 
-def _token_logits(
-    logits_TV: torch.Tensor, rows_N: torch.Tensor, ids_N: torch.Tensor, held: range
-) -> torch.Tensor:
+def _token_logits(logits_TV: torch.Tensor, rows_N: torch.Tensor, ids_N: torch.Tensor, held: range) -> torch.Tensor:
     columns_N, owned_N = columns_of(ids_N, held)
     return logits_TV[rows_N, columns_N].float().where(owned_N, _NO_MASS)
 

@@ -18,6 +18,8 @@ from megatron_tropd.vocab_parallel.shards import TeacherColumns, chunks, columns
 
 _LOW = 0xFFFFFFFF
 _NO_KEY = torch.iinfo(torch.int64).min
+# The merge unpacks every rank's candidates: a few rows at a time keeps that small beside what was gathered.
+_MERGE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,28 @@ def global_top_k(
     ``held`` are the ids of the student's shard and ``teacher`` is aligned to it for exactly ``rows_O``. ``top_k`` must
     not exceed the ids of all ranks together; one rank may hold fewer.
     """
+    candidates_PO = gather(_candidate_words(student_logits_TV, teacher, rows_O, held, top_k), group)
+    pieces = [_merge(piece_PO, top_k) for piece_PO in candidates_PO.split(_MERGE_ROWS, dim=1)]
+    keys_OK, student_OK = (torch.cat(parts) for parts in zip(*pieces, strict=False))
+    return TopK(_ids(keys_OK).int(), _values(keys_OK), student_OK)
+
+
+def _candidate_words(
+    student_logits_TV: torch.Tensor, teacher: TeacherColumns, rows_O: torch.Tensor, held: range, top_k: int
+) -> torch.Tensor:
+    """This rank's candidates as one int32 tensor ``[O, 3 K]``: keys (two words each), then the student's logits."""
     keys_OK = local_top_k(teacher, student_logits_TV, rows_O, held, top_k)
     columns_OK, owned_OK = columns_of(_ids(keys_OK), held)
     student_OK = student_logits_TV[rows_O[:, None], columns_OK].float().where(owned_OK, 0)
-    # Keys (two words) and logits (one) travel as one int32 tensor.
-    payload = torch.cat((keys_OK.view(torch.int32), student_OK.view(torch.int32)), -1)
-    shards_PO = gather(payload, group)
-    keys_OM = (
-        shards_PO[..., : 2 * top_k]
-        .clone(memory_format=torch.contiguous_format)
-        .view(torch.int64)
-        .movedim(0, 1)
-        .flatten(1)
-    )
-    student_OM = shards_PO[..., 2 * top_k :].contiguous().view(torch.float32).movedim(0, 1).flatten(1)
+    return torch.cat((keys_OK.view(torch.int32), student_OK.view(torch.int32)), -1)
+
+
+def _merge(candidates_PO: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best keys of all ranks, largest first, and the student's logits that came with them."""
+    keys_OM = candidates_PO[..., : 2 * top_k].contiguous().view(torch.int64).movedim(0, 1).flatten(1)
+    student_OM = candidates_PO[..., 2 * top_k :].contiguous().view(torch.float32).movedim(0, 1).flatten(1)
     keys_OK, order_OK = keys_OM.topk(top_k, dim=-1)
-    return TopK(_ids(keys_OK).int(), _values(keys_OK), student_OM.gather(1, order_OK))
+    return keys_OK, student_OM.gather(1, order_OK)
 
 
 def local_top_k(

@@ -29,23 +29,19 @@ def check_inputs(
     """Raise ValueError for the first thing that is wrong."""
     if not isinstance(objective, Objective):
         message = f"objective must come from megatron_tropd.objectives.preset(...), found {objective!r}"
-        raise ValueError(message)  # noqa: TRY004 - whatever a caller gets wrong here is a ValueError
+        raise ValueError(message)
     size = group_size(group)
     _check_logits("student_logits_TV", student_logits_TV, tokens_T, vocab_size, size)
     if teacher_logits_TV is not None:
         _check_logits("teacher_logits_TV", teacher_logits_TV, tokens_T, vocab_size, size)
     elif objective.needs_teacher:
-        raise ValueError(
-            f"objective {objective.name!r} needs teacher_logits_TV; only 'sft' runs without a teacher"
-        )
+        raise ValueError(f"objective {objective.name!r} needs teacher_logits_TV; only 'sft' runs without a teacher")
     elif full_statistics:
         raise ValueError("full_statistics compares the two models: give teacher_logits_TV, or leave it off")
     _check_integers("tokens_T", tokens_T, tokens_T)
     _check_integers("regions_T", regions_T, tokens_T)
     if uniforms_T is not None and not (uniforms_T.shape == tokens_T.shape and uniforms_T.is_floating_point()):
-        raise ValueError(
-            f"uniforms_T must be floating, shape {_shape(tokens_T)}; found {_describe(uniforms_T)}"
-        )
+        raise ValueError(f"uniforms_T must be floating, shape {_shape(tokens_T)}; found {_describe(uniforms_T)}")
     _check_values(tokens_T, regions_T, uniforms_T, vocab_size)
 
 
@@ -57,9 +53,7 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {_shape(tensor)}"
 
 
-def _check_logits(
-    name: str, logits_TV: torch.Tensor, tokens_T: torch.Tensor, vocab_size: int, size: int
-) -> None:
+def _check_logits(name: str, logits_TV: torch.Tensor, tokens_T: torch.Tensor, vocab_size: int, size: int) -> None:
     if logits_TV.dim() != 2 or not logits_TV.is_floating_point():
         raise ValueError(f"{name} must be floating and 2-dimensional [T, V], found {_describe(logits_TV)}")
     if tokens_T.shape != logits_TV.shape[:1]:
@@ -92,8 +86,6 @@ def _check_values(
     if counts[0]:
         raise ValueError(f"regions_T must be 0 (none), 1 (guidance) or 2 (on-policy); {counts[0]} are not")
     if counts[1]:
-        raise ValueError(
-            f"tokens_T must be in [0, vocab_size = {vocab_size}) in a region; {counts[1]} are not"
-        )
+        raise ValueError(f"tokens_T must be in [0, vocab_size = {vocab_size}) in a region; {counts[1]} are not")
     if len(counts) > 2 and counts[2]:
         raise ValueError(f"uniforms_T must be in [0, 1) in a region; {counts[2]} are not")
