@@ -1,0 +1,173 @@
+"""Reading, overriding and refusing configurations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_tropd.config import Config, ConfigError, OptimizerConfig, resolved_schedule, validate
+from megatron_tropd.config_parser import field_names, load_config, save_config
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 128}
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    """A valid config file with sections updated (a value of None removes the section)."""
+    values: dict[str, Any] = {
+        "output_dir": "runs/x",
+        "student": dict(MODEL),
+        "teacher": dict(MODEL),
+        "data": {"train": "train.jsonl", "validation": "validation.jsonl"},
+        "guidance": {"answers": "answers.jsonl"},
+        "training": {"global_batch_size": 32, "micro_batch_size": 4},
+    }
+    for name, change in changes.items():
+        if change is None:
+            del values[name]
+        else:
+            values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def refused(path: Path, *, world_size: int = 1, command: str = "train") -> str:
+    with pytest.raises(ConfigError) as error:
+        validate(load_config(path), world_size, command)
+    return str(error.value)
+
+
+def test_file_defaults_and_overrides_come_together(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, optimizer={"min_lr": 0.1}), ["--optimizer.lr=5e-6", "--student.num_layers", "2"])
+    assert config.student.num_layers == 2 and config.teacher is not None and config.teacher.num_layers == 4
+    assert config.optimizer == OptimizerConfig(lr=5e-6, min_lr=0.1)
+    validate(config, 1, "train")
+
+
+def test_yaml_floats_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "optimizer:\n  lr: 5e-6\n")
+    assert load_config(path).optimizer.lr == 5e-6
+
+
+def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["--objective_options.top_k=7", "--teacher.load=some/where"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_example_is_valid_for_the_ranks_it_is_written_for(path: Path) -> None:
+    config = load_config(path)
+    command = "sft" if config.teacher is None else "train"
+    validate(config, 8 if "8gpu" in path.parent.name else 2, command)
+
+
+def test_unknown_fields_name_the_nearest_valid_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config.yaml: unknown config field student.num_layer; .*student.num_layers\?"):
+        load_config(write(tmp_path, student={"num_layer": 3}))
+    with pytest.raises(ConfigError, match=r"command line: unknown config field optimiser.lr; did you mean optimizer.lr"):
+        load_config(write(tmp_path), ["--optimiser.lr=1"])
+    with pytest.raises(ConfigError, match=r"unknown config field samples_per_prompt; did you mean rollout.samples_per"):
+        load_config(write(tmp_path), ["--samples_per_prompt=1"])
+    with pytest.raises(ConfigError, match="written --section.field=value"):
+        load_config(write(tmp_path), ["optimizer.lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"student": {"num_layers": "many"}}, ["student.num_layers", "int", "many"]),
+        ({"objective_options": {"gate": "sometimes"}}, ["objective_options.gate", "bernoulli", "sometimes"]),
+        ({"optimizer": {"lr": [1]}}, ["optimizer.lr", "float"]),
+        ({"training": {"recompute": "perhaps"}}, ["training.recompute", "bool"]),
+        ({"student": None}, ["student"]),
+        ({"output_dir": None}, ["output_dir"]),
+    ],
+)
+def test_wrong_and_missing_values_are_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, **change))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "just words", "\x00"])
+def test_what_is_not_a_config_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="config.yaml"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot read the config .*missing.yaml: No such file"):
+        load_config(tmp_path / "missing.yaml")
+
+
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "command", "message"),
+    [
+        ({"parallel": TP2}, 3, "train", "3 processes cannot be split .* a multiple of 2"),
+        ({"parallel": {**TP2, **PP2}}, 2, "train", "= 4: start a multiple of 4"),
+        ({"parallel": TP2, "student": {"num_attention_heads": 1}}, 2, "train", "student.num_attention_heads 1 is not"),
+        ({"parallel": TP2, "teacher": {"num_query_groups": 1}}, 2, "train", "teacher.num_query_groups 1 is not divisible"),
+        ({"parallel": TP2, "teacher": {"ffn_hidden_size": 65}}, 2, "train", "teacher.ffn_hidden_size 65 is not"),
+        ({"student": {"hidden_size": 60}}, 1, "train", "student.hidden_size 60 .* set student.kv_channels"),
+        ({"student": {"num_query_groups": 3}}, 1, "train", "student.num_attention_heads 8 .* num_query_groups 3"),
+        ({"student": {"num_layers": 0}}, 1, "train", "student.num_layers must be at least 1"),
+        ({"parallel": PP2, "teacher": {"num_layers": 5}}, 2, "train", "teacher.num_layers 5 cannot be split"),
+        ({"student": {"num_layers_in_first_pipeline_stage": 1}}, 1, "train", "needs pipeline_model_parallel_size > 1"),
+        ({"parallel": {"tensor_model_parallel_size": 0}}, 1, "train", "at least 1, found tensor 0"),
+        ({"training": {"global_batch_size": 30}}, 1, "train", "30 must be a multiple of micro_batch_size 4 .* 28 or 32"),
+        ({"training": {"global_batch_size": 4}}, 2, "train", "data-parallel size 2 .* try 8"),
+        ({"rollout": {"samples_per_prompt": 3}}, 1, "train", "rollout.samples_per_prompt 3: try 24 or 36"),
+        ({"rollout": {"temperature": -1}}, 1, "train", "rollout.temperature must be >= 0"),
+        ({"rollout": {"top_p": 0}}, 1, "train", "rollout.top_p must be in"),
+        ({"rollout": {"max_response_length": 0}}, 1, "train", "rollout.max_response_length must be at least 1"),
+        ({"objective": "topd"}, 1, "train", "unknown objective 'topd': did you mean 'opd'|'tropd'"),
+        ({"guidance": {"answers": None}}, 1, "train", "half-cosine needs teacher answers: set guidance.answers"),
+        ({"guidance": {"answers": None}}, 1, "generate", "`generate` needs guidance.answers"),
+        ({"guidance": {"max_prefix_length": 9999}}, 1, "train", "must be between 0 and rollout.max_response_length"),
+        ({"guidance": {"fraction": 1.5}}, 1, "train", r"guidance.fraction must be in \[0, 1\]"),
+        ({"teacher": None}, 1, "train", "`train` needs a teacher"),
+        ({"teacher": None}, 1, "generate", "`generate` needs a teacher"),
+        ({"data": {"validation": None}}, 1, "evaluate", "`evaluate` needs data.validation"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_fix(
+    tmp_path: Path, changes: dict[str, Any], world_size: int, command: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(write(tmp_path, **changes)), world_size, command)
+
+
+def test_uneven_pipeline_splits_that_fit_are_taken(tmp_path: Path) -> None:
+    uneven = {"num_layers": 5, "num_layers_in_first_pipeline_stage": 3}
+    validate(load_config(write(tmp_path, parallel=PP2, student=uneven)), 2, "train")
+
+
+def test_the_automatic_schedule_guides_tropd_alone(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    assert resolved_schedule(config) == "half-cosine"
+    assert resolved_schedule(replace(config, objective="opd")) == "none"
+    unguided = load_config(write(tmp_path, guidance={"answers": None}, objective="opd"))
+    validate(unguided, 1, "train")
+
+
+def test_the_objectives_of_the_config_are_the_presets() -> None:
+    from megatron_tropd.config import OBJECTIVES
+    from megatron_tropd.objectives import _PRESETS
+
+    assert set(OBJECTIVES) == set(_PRESETS) - {"sft"}
+
+
+def test_every_field_is_documented() -> None:
+    from megatron_tropd.config_parser import build_parser
+
+    text = build_parser("train", "").format_help()
+    assert all(f"--{name}" in text for name in field_names(Config) if not name.startswith("teacher."))
