@@ -29,7 +29,13 @@ from megatron.core.models.gpt import GPTModel
 DESCRIPTION = "tropd.json"
 LATEST = "latest"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-_WEIGHTLESS_FIELDS = ("load", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+_WEIGHTLESS_FIELDS = (
+    "load",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+)
 """Fields of ModelConfig that say where weights come from or how they are spread, not what the model is."""
 
 

@@ -43,7 +43,9 @@ def refused(path: Path, *, world_size: int = 1, command: str = "train") -> str:
 
 
 def test_file_defaults_and_overrides_come_together(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, optimizer={"min_lr": 0.1}), ["--optimizer.lr=5e-6", "--student.num_layers", "2"])
+    config = load_config(
+        write(tmp_path, optimizer={"min_lr": 0.1}), ["--optimizer.lr=5e-6", "--student.num_layers", "2"]
+    )
     assert config.student.num_layers == 2 and config.teacher is not None and config.teacher.num_layers == 4
     assert config.optimizer == OptimizerConfig(lr=5e-6, min_lr=0.1)
     validate(config, 1, "train")
@@ -69,9 +71,13 @@ def test_every_example_is_valid_for_the_ranks_it_is_written_for(path: Path) -> N
 
 
 def test_unknown_fields_name_the_nearest_valid_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config.yaml: unknown config field student.num_layer; .*student.num_layers\?"):
+    with pytest.raises(
+        ConfigError, match=r"config.yaml: unknown config field student.num_layer; .*student.num_layers\?"
+    ):
         load_config(write(tmp_path, student={"num_layer": 3}))
-    with pytest.raises(ConfigError, match=r"command line: unknown config field optimiser.lr; did you mean optimizer.lr"):
+    with pytest.raises(
+        ConfigError, match=r"command line: unknown config field optimiser.lr; did you mean optimizer.lr"
+    ):
         load_config(write(tmp_path), ["--optimiser.lr=1"])
     with pytest.raises(ConfigError, match=r"unknown config field samples_per_prompt; did you mean rollout.samples_per"):
         load_config(write(tmp_path), ["--samples_per_prompt=1"])
@@ -115,7 +121,12 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
         ({"parallel": TP2}, 3, "train", "3 processes cannot be split .* a multiple of 2"),
         ({"parallel": {**TP2, **PP2}}, 2, "train", "= 4: start a multiple of 4"),
         ({"parallel": TP2, "student": {"num_attention_heads": 1}}, 2, "train", "student.num_attention_heads 1 is not"),
-        ({"parallel": TP2, "teacher": {"num_query_groups": 1}}, 2, "train", "teacher.num_query_groups 1 is not divisible"),
+        (
+            {"parallel": TP2, "teacher": {"num_query_groups": 1}},
+            2,
+            "train",
+            "teacher.num_query_groups 1 is not divisible",
+        ),
         ({"parallel": TP2, "teacher": {"ffn_hidden_size": 65}}, 2, "train", "teacher.ffn_hidden_size 65 is not"),
         ({"student": {"hidden_size": 60}}, 1, "train", "student.hidden_size 60 .* set student.kv_channels"),
         ({"student": {"num_query_groups": 3}}, 1, "train", "student.num_attention_heads 8 .* num_query_groups 3"),
@@ -123,7 +134,12 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
         ({"parallel": PP2, "teacher": {"num_layers": 5}}, 2, "train", "teacher.num_layers 5 cannot be split"),
         ({"student": {"num_layers_in_first_pipeline_stage": 1}}, 1, "train", "needs pipeline_model_parallel_size > 1"),
         ({"parallel": {"tensor_model_parallel_size": 0}}, 1, "train", "at least 1, found tensor 0"),
-        ({"training": {"global_batch_size": 30}}, 1, "train", "30 must be a multiple of micro_batch_size 4 .* 28 or 32"),
+        (
+            {"training": {"global_batch_size": 30}},
+            1,
+            "train",
+            "30 must be a multiple of micro_batch_size 4 .* 28 or 32",
+        ),
         ({"training": {"global_batch_size": 4}}, 2, "train", "data-parallel size 2 .* try 8"),
         ({"rollout": {"samples_per_prompt": 3}}, 1, "train", "rollout.samples_per_prompt 3: try 24 or 36"),
         ({"rollout": {"temperature": -1}}, 1, "train", "rollout.temperature must be >= 0"),

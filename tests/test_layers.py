@@ -77,6 +77,8 @@ def test_help_does_not_load_torch() -> None:
         "import sys; from megatron_tropd.__main__ import main; status = main(['train', '--help']);"
         "sys.exit(status or int('torch' in sys.modules))"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False
+    )
     assert finished.returncode == 0
     assert "--student.num_layers" in finished.stdout and "Number of transformer layers." in finished.stdout

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,98 @@ def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Pa
     ].keys()
     assert metrics[0]["on_policy_share"] < metrics[5]["on_policy_share"]
     assert max(line["log_prob_gap_max"] for line in metrics[:-1]) < 1e-4
+
+
+def _start(path: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_tropd", "train", str(path), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+    )
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_0(tmp_path: Path, data: Path) -> None:
+    path = config_file(tmp_path, data, training={"train_iters": 10_000, "save_interval": 0, "eval_interval": 0})
+    process = _start(path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    steps_done = metrics.read_text().count("\n")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps_done}"
+    assert "SIGTERM: saved" in output
+
+
+def test_what_a_user_got_wrong_is_one_line_and_exit_2(tmp_path: Path, data: Path) -> None:
+    process = _start(config_file(tmp_path, data), "--student.num_layer=3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert (
+        output.strip()
+        == "error: command line: unknown config field student.num_layer; did you mean student.num_layers?"
+    )
+
+
+# ------------------------------------------------------------------------------ refusals that all ranks must agree on
+
+
+def _message_of(path: str, command: str) -> str:
+    """The error that this rank gets; every rank must get one, before any step runs."""
+    import importlib
+
+    from megatron_tropd.__main__ import COMMANDS
+    from megatron_tropd.config_parser import load_config
+
+    module, function, _ = COMMANDS[command]
+    try:
+        getattr(importlib.import_module(module), function)(load_config(path))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def _messages(path: Path, command: str = "train") -> list[str]:
+    return run_ranks(2, _message_of, str(path), command, timeout=120, init_process_group=False)
+
+
+def test_inputs_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, data: Path) -> None:
+    bad_prompts = tmp_path / "prompts.jsonl"
+    bad_prompts.write_text('{"prompt": "1+1="}\n{"prompt": }\n')
+    long_prompts = tmp_path / "long.jsonl"
+    long_prompts.write_text('{"prompt": "123456789+1="}\n')
+    other_store = tmp_path / "answers.jsonl"
+    lines = (data / "answers.jsonl").read_text().splitlines()
+    header = {**json.loads(lines[0]), "tokenizer": "0" * 64}
+    other_store.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    tp2 = {"tensor_model_parallel_size": 2}
+    cases = {
+        "prompts.jsonl:2: not valid JSON": {"data": {"train": str(bad_prompts)}},
+        "long.jsonl:1: the prompt has 12 tokens": {"data": {"train": str(long_prompts)}},
+        "are ids of another tokenizer": {"guidance": {"answers": str(other_store)}},
+        "no checkpoint at": {"teacher": {"load": str(tmp_path / "nowhere")}},
+        "student.num_attention_heads 3 is not divisible": {"student": {"num_attention_heads": 3}, "parallel": tp2},
+        "2 processes cannot be split": {"parallel": {"pipeline_model_parallel_size": 3}},
+        "unknown objective 'ttropd'": {"objective": "ttropd"},
+        "training.global_batch_size 20 must be a multiple": {"training": {"global_batch_size": 20}},
+    }
+    for index, (message, sections) in enumerate(cases.items()):
+        found = _messages(config_file(tmp_path / str(index), data, **sections))
+        assert all(message in text for text in found), (message, found)
+
+
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
+    path = config_file(tmp_path / "first", data, training={"train_iters": 1})
+    run_ranks(2, _train, str(path), None, timeout=120, init_process_group=False)
+    checkpoints = str(tmp_path / "first" / "run")
+    wider = config_file(tmp_path / "wider", data, student={"load": checkpoints, "ffn_hidden_size": 64})
+    assert all("ffn_hidden_size: the checkpoint has 48, this run 64" in text for text in _messages(wider))
+    other = config_file(tmp_path / "other", data, student={"load": checkpoints}, tokenizer={"alphabet": "=+0123456789"})
+    assert all("trained with another tokenizer" in text for text in _messages(other, "evaluate"))
+    resumed = config_file(tmp_path / "first", data, training={"train_iters": 2, "seed": 5})
+    assert all("training.seed: the checkpoint has 1234, this run 5" in text for text in _messages(resumed))

@@ -103,3 +103,61 @@ def _record_messages() -> None:
 
 def test_both_hidden_states_travel_forward_and_the_students_gradient_alone_backward() -> None:
     run_ranks(2, _record_messages)
+
+
+def _refuse_non_finite_numbers() -> None:
+    from megatron_tropd.step import NonFiniteError, train_step
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=2)
+    learner = tiny.build_learner(layout)
+    rows = tiny.sequences()
+    poisoned = next(index for index, row in enumerate(rows) if row["regions"].any())
+    # The teacher's embedding of one token is broken, and one sequence alone reads that token.
+    unused = next(i for i in range(tiny.VOCAB_SIZE) if not any((row["tokens"] == i).any() for row in rows))
+    rows[poisoned]["tokens"][1] = unused
+    if layout.is_first_stage:
+        weight = learner.stage.teacher.embedding.word_embeddings.weight
+        first = layout.tensor_parallel_rank * weight.shape[0]
+        if first <= unused < first + weight.shape[0]:
+            weight.data[unused - first] = torch.nan
+    before = [parameter.clone() for parameter in learner.stage.module.parameters()]
+    with pytest.raises(NonFiniteError, match=rf"step 0: the loss is not finite \(samples \[{poisoned}\]\)"):
+        train_step(learner, tiny.batch_for_rank(layout, rows, num_micro_batches=1))
+    for parameter, old in zip(learner.stage.module.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_optimizer_moves() -> None:
+    run_ranks(4, _refuse_non_finite_numbers)
+
+
+def _train_in_bfloat16() -> list[float]:
+    from megatron_tropd.step import train_step
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    learner = tiny.build_learner(layout, dtype=torch.bfloat16)
+    batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2)
+    losses = [train_step(learner, batch)["loss"] for _ in range(3)]
+    parameters = list(learner.stage.module.parameters())
+    assert all(
+        parameter.dtype is torch.bfloat16 and parameter.main_grad.dtype is torch.float32 for parameter in parameters
+    )
+    return losses
+
+
+def _train_in_float32() -> list[float]:
+    from megatron_tropd.step import train_step
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    learner = tiny.build_learner(layout)
+    batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2)
+    return [train_step(learner, batch)["loss"] for _ in range(3)]
+
+
+def test_bfloat16_weights_train_with_float32_main_gradients() -> None:
+    (low, other), (high, _) = run_ranks(2, _train_in_bfloat16), run_ranks(2, _train_in_float32)
+    assert low == other
+    assert low == pytest.approx(high, rel=0.05)

@@ -58,16 +58,17 @@ def build_learner(
     teacher: ModelConfig | None = TEACHER,
     optimizer: OptimizerConfig | None = None,
     normalization: str = "tokens",
+    dtype: torch.dtype = torch.float32,
 ) -> Learner:
     """A learner on the tiny pair with deterministic weights."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
-    sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": torch.float32}
+    sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
     stage = StudentTeacherStage(
         build_model(student, layout, seed=1, **sizes),
         build_teacher(teacher, layout, seed=2, **sizes) if teacher else None,
     )
     model = wrap_data_parallel(stage, optimizer, layout, overlap=False)
-    megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=torch.float32)
+    megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=dtype)
     return Learner(
         model=model,
         optimizer=megatron_optimizer,

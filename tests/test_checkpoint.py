@@ -1,0 +1,88 @@
+"""Checkpoints: every layout reads what another wrote, and nothing is ever half there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2)]}
+
+
+def _description(step: int) -> Any:
+    from megatron_tropd.checkpoint import Description, architecture
+    from tests import tiny
+
+    return Description(step, 1, tiny.VOCAB_SIZE, "tokenizer", architecture(tiny.STUDENT))
+
+
+def _two_steps_save_and_a_third(folder: str) -> float:
+    from megatron_tropd.checkpoint import save_checkpoint
+    from megatron_tropd.step import train_step
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    learner = tiny.build_learner(layout)
+    batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=1)
+    for step in (1, 2):
+        train_step(learner, batch)
+        save_checkpoint(Path(folder), learner, _description(step), keep=1)
+    train_step(learner, batch)
+    return train_step(learner, batch)["loss"]
+
+
+def _load_and_take_two_steps(folder: str, world_size: int) -> list[float]:
+    from megatron_tropd.checkpoint import latest_checkpoint, load_checkpoint
+    from megatron_tropd.step import train_step
+    from tests import tiny
+
+    losses = []
+    for tp, pp in LAYOUTS[world_size]:
+        layout = tiny.start(tp=tp, pp=pp)
+        learner = tiny.build_learner(layout)
+        path = latest_checkpoint(Path(folder))
+        assert path is not None and load_checkpoint(path, learner, _description(0)) == 2
+        batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=1)
+        train_step(learner, batch)
+        losses.append(train_step(learner, batch)["loss"])
+    return losses
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    losses = run_ranks(2, _two_steps_save_and_a_third, str(folder))
+    return folder, losses[0]
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_weights_and_optimizer_continue_in_another_layout(saved: tuple[Path, float], world_size: int) -> None:
+    """The second step after loading depends on the optimizer's moments and step count, not on the weights alone."""
+    folder, expected = saved
+    for losses in run_ranks(world_size, _load_and_take_two_steps, str(folder), world_size):
+        assert losses == pytest.approx([expected] * len(losses), rel=1e-5)
+
+
+def test_old_checkpoints_are_pruned_and_nothing_temporary_stays(saved: tuple[Path, float]) -> None:
+    folder, _ = saved
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2"]
+
+
+def test_a_pointer_to_something_incomplete_and_a_damaged_description_are_refused(tmp_path: Path) -> None:
+    from megatron_tropd.checkpoint import CheckpointError, latest_checkpoint, read_description, resolve
+
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        resolve(tmp_path)
+    (tmp_path / "latest").write_text("step_3")
+    (tmp_path / "step_3").mkdir()
+    with pytest.raises(CheckpointError, match="latest names step_3, which is not a complete checkpoint"):
+        latest_checkpoint(tmp_path)
+    for text in ("", "{", json.dumps({"step": 3}), json.dumps([3])):
+        (tmp_path / "step_3" / "tropd.json").write_text(text)
+        with pytest.raises(CheckpointError, match="missing or damaged"):
+            read_description(tmp_path / "step_3")
