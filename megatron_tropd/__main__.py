@@ -52,12 +52,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(command: str, config: Config) -> None:
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
-    # Megatron and torch warn, on every rank, about choices that this package has made.
-    warnings.filterwarnings("ignore")
+    _quiet_libraries()
+    logger = logging.getLogger("megatron_tropd")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     module, function, _ = COMMANDS[command]
     getattr(importlib.import_module(module), function)(config)
+
+
+def _quiet_libraries() -> None:
+    """Megatron and torch warn, on every rank and at import, about choices that this package has made."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
 
 
 def _refuse(error: ValueError) -> int:

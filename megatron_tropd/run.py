@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +97,6 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
 
     A config or tokenizer error is raised on every rank before any group exists.
     """
-    _quiet_libraries()
     validate(config, distributed.world_size(), command)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
     layout = distributed.initialize(
@@ -121,12 +119,6 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         distributed.finish()
-
-
-def _quiet_libraries() -> None:
-    """Megatron warns many times on every rank about choices that this package has made."""
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
 
 
 def load_student(run: Run) -> GPTModel:
