@@ -66,7 +66,25 @@ def build_optimizer(
         pg_collection=layout.groups,
     )
     ddp.module.module.config.grad_scale_func = optimizer.scale_loss
+    for inner in _inner_optimizers(optimizer):
+        if isinstance(inner.optimizer, torch.optim.Adam):
+            _start_adam(inner.optimizer)
     return optimizer
+
+
+def _inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _start_adam(adam: torch.optim.Adam) -> None:
+    """The state Adam would make at its first step: Megatron needs it to describe a checkpoint, even to load one."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -75,7 +93,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     Torch keeps the step count as one tensor per parameter. Megatron 0.19.2 looks it up among the saved tensors, where
     it is not (it comes from the parameter groups), and hands one tensor to all parameters, which then count together.
     """
-    inner_optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner_optimizers = _inner_optimizers(optimizer)
     for inner in inner_optimizers:
         if isinstance(inner, DistributedOptimizer):
             set_states = inner._set_main_param_and_optimizer_states

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def run_ranks(
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         run = (rank, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, timeout, init_process_group)
-        process = context.Process(target=_rank_main, args=(sender, run, function, args), daemon=True)
+        process = context.Process(target=_rank_main, args=(sender, run, function, args))
         process.start()
         sender.close()
         receivers.append(receiver)
@@ -77,6 +78,7 @@ def _rank_main(
     import torch
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Megatron's, on every rank: a failure's traceback would drown in them
     faulthandler.dump_traceback_later(max(timeout - 1, 1), exit=False)
     try:
         if init_process_group:

@@ -63,8 +63,8 @@ def _build(caplog_level: int) -> list[str]:
     assert weight.shape[0] == 48 and not weight[tiny.VOCAB_SIZE :].any() and weight[: tiny.VOCAB_SIZE].any()
     # Output projections are scaled by 1 / sqrt(2 layers); norms start at 1.
     layer = model.decoder.layers[0]
-    assert layer.mlp.linear_fc2.weight.std() == pytest.approx(0.02 / 2, rel=0.1)
-    assert layer.mlp.linear_fc1.weight.std() == pytest.approx(0.02, rel=0.1)
+    assert layer.mlp.linear_fc2.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
+    assert layer.mlp.linear_fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert torch.equal(layer.input_layernorm.weight, torch.ones(32))
     teacher = tiny.build_teacher(
         tiny.TEACHER, layout, vocab_size=45, max_sequence_length=8, dtype=torch.float32, seed=2

@@ -45,18 +45,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_file(folder: Path, data: Path, **sections: Any) -> Path:
+def config_file(folder: Path, inputs: Path, **sections: Any) -> Path:
     """A tiny TrOPD run writing to ``folder/run``; ``sections`` update the config section by section."""
     config: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "student": dict(MODEL),
         "teacher": {**MODEL, "hidden_size": 48, "num_layers": 2, "init_method_std": 0.2},
         "objective_options": {"top_k": 4},
-        "guidance": {"answers": str(data / "answers.jsonl")},
+        "guidance": {"answers": str(inputs / "answers.jsonl")},
         "tokenizer": {"alphabet": "0123456789+="},
         "data": {
-            "train": str(data / "train.jsonl"),
-            "validation": str(data / "validation.jsonl"),
+            "train": str(inputs / "train.jsonl"),
+            "validation": str(inputs / "validation.jsonl"),
             "max_prompt_length": 6,
         },
         "rollout": {"samples_per_prompt": 2, "max_response_length": 5},
@@ -183,23 +183,29 @@ def test_what_a_user_got_wrong_is_one_line_and_exit_2(tmp_path: Path, data: Path
 # ------------------------------------------------------------------------------ refusals that all ranks must agree on
 
 
-def _message_of(path: str, command: str) -> str:
-    """The error that this rank gets; every rank must get one, before any step runs."""
+def _messages_of(paths: list[str], command: str) -> list[str]:
+    """The errors that this rank gets from the same command on several configs."""
     import importlib
 
     from megatron_tropd.__main__ import COMMANDS
     from megatron_tropd.config_parser import load_config
 
     module, function, _ = COMMANDS[command]
-    try:
-        getattr(importlib.import_module(module), function)(load_config(path))
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    messages = []
+    for path in paths:
+        try:
+            getattr(importlib.import_module(module), function)(load_config(path))
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
-def _messages(path: Path, command: str = "train") -> list[str]:
-    return run_ranks(2, _message_of, str(path), command, timeout=120, init_process_group=False)
+def _messages(*paths: Path, command: str = "train") -> list[list[str]]:
+    """For each config, what the two ranks said."""
+    arguments = ([str(path) for path in paths], command)
+    found = run_ranks(2, _messages_of, *arguments, timeout=180, init_process_group=False)
+    return [list(both) for both in zip(*found, strict=True)]
 
 
 def test_inputs_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, data: Path) -> None:
@@ -219,12 +225,12 @@ def test_inputs_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, data: 
         "no checkpoint at": {"teacher": {"load": str(tmp_path / "nowhere")}},
         "student.num_attention_heads 3 is not divisible": {"student": {"num_attention_heads": 3}, "parallel": tp2},
         "2 processes cannot be split": {"parallel": {"pipeline_model_parallel_size": 3}},
-        "unknown objective 'ttropd'": {"objective": "ttropd"},
+        "'ttropd'; did you mean 'tropd'": {"objective": "ttropd"},
         "training.global_batch_size 20 must be a multiple": {"training": {"global_batch_size": 20}},
     }
-    for index, (message, sections) in enumerate(cases.items()):
-        found = _messages(config_file(tmp_path / str(index), data, **sections))
-        assert all(message in text for text in found), (message, found)
+    paths = [config_file(tmp_path / str(index), data, **sections) for index, sections in enumerate(cases.values())]
+    for message, both in zip(cases, _messages(*paths), strict=True):
+        assert all(message in text for text in both), (message, both)
 
 
 def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
@@ -232,8 +238,10 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, d
     run_ranks(2, _train, str(path), None, timeout=120, init_process_group=False)
     checkpoints = str(tmp_path / "first" / "run")
     wider = config_file(tmp_path / "wider", data, student={"load": checkpoints, "ffn_hidden_size": 64})
-    assert all("ffn_hidden_size: the checkpoint has 48, this run 64" in text for text in _messages(wider))
     other = config_file(tmp_path / "other", data, student={"load": checkpoints}, tokenizer={"alphabet": "=+0123456789"})
-    assert all("trained with another tokenizer" in text for text in _messages(other, "evaluate"))
     resumed = config_file(tmp_path / "first", data, training={"train_iters": 2, "seed": 5})
-    assert all("training.seed: the checkpoint has 1234, this run 5" in text for text in _messages(resumed))
+    by_width, by_seed = _messages(wider, resumed)
+    (by_tokenizer,) = _messages(other, command="evaluate")
+    assert all("ffn_hidden_size: the checkpoint has 48, this run 64" in text for text in by_width)
+    assert all("training.seed: the checkpoint has 1234, this run 5" in text for text in by_seed)
+    assert all("trained with another tokenizer" in text for text in by_tokenizer)

@@ -113,8 +113,8 @@ def _refuse_non_finite_numbers() -> None:
     learner = tiny.build_learner(layout)
     rows = tiny.sequences()
     poisoned = next(index for index, row in enumerate(rows) if row["regions"].any())
-    # The teacher's embedding of one token is broken, and one sequence alone reads that token.
-    unused = next(i for i in range(tiny.VOCAB_SIZE) if not any((row["tokens"] == i).any() for row in rows))
+    # The teacher's embedding of one token is broken, and one sequence alone reads that token (padding reads token 0).
+    unused = next(i for i in range(1, tiny.VOCAB_SIZE) if not any((row["tokens"] == i).any() for row in rows))
     rows[poisoned]["tokens"][1] = unused
     if layout.is_first_stage:
         weight = learner.stage.teacher.embedding.word_embeddings.weight

@@ -330,3 +330,15 @@ def test_the_measure_of_memory_can_fail(large_case: Case) -> None:
         log_probs = student.float().log_softmax(-1)
     assert naive.peak >= 8 * student.numel() and naive.kept >= 4 * student.numel()
     assert log_probs.requires_grad
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_candidates_of_two_ranks_merge_for_a_single_row_too(num_rows: int) -> None:
+    from megatron_tropd.vocab_parallel.top_k import _merge
+
+    top_k = 5  # 15 words a row: an odd stride
+    keys = torch.randperm(2 * num_rows * top_k).view(2, num_rows, top_k)
+    candidates = torch.cat((keys.view(torch.int32), keys.float().view(torch.int32)), -1)
+    merged, logits = _merge(candidates, top_k)
+    expected = keys.movedim(0, 1).flatten(1).sort(-1, descending=True).values[:, :top_k]
+    assert torch.equal(merged, expected) and torch.equal(logits, expected.float())

@@ -63,7 +63,9 @@ def _candidate_words(
 
 def _merge(candidates_PO: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best keys of all ranks, largest first, and the student's logits that came with them."""
-    keys_OM = candidates_PO[..., : 2 * top_k].contiguous().view(torch.int64).movedim(0, 1).flatten(1)
+    # clone, not contiguous(): that leaves the odd stride of a single row as it is, which view(int64) refuses.
+    words_PO = candidates_PO[..., : 2 * top_k].clone(memory_format=torch.contiguous_format)
+    keys_OM = words_PO.view(torch.int64).movedim(0, 1).flatten(1)
     student_OM = candidates_PO[..., 2 * top_k :].contiguous().view(torch.float32).movedim(0, 1).flatten(1)
     keys_OK, order_OK = keys_OM.topk(top_k, dim=-1)
     return keys_OK, student_OM.gather(1, order_OK)
