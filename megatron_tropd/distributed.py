@@ -32,6 +32,8 @@ class Layout:
     pipeline_rank: int
     pipeline_size: int
     device: torch.device
+    owns_world: bool
+    """torch.distributed was started for this layout, and ends with it."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -68,7 +70,8 @@ def initialize(
     device = cpu.CPU if ON_CPU else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not ON_CPU:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    owns_world = not dist.is_initialized()
+    if owns_world:
         dist.init_process_group("gloo" if ON_CPU else "nccl", timeout=timedelta(minutes=timeout_minutes))
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -77,7 +80,7 @@ def initialize(
             distributed_timeout_minutes=timeout_minutes,
         )
     seed_everything(seed)
-    return current_layout(device)
+    return _current_layout(device, owns_world)
 
 
 def world_size() -> int:
@@ -85,8 +88,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def current_layout(device: torch.device) -> Layout:
-    """The layout of the groups that are initialised now."""
+def _current_layout(device: torch.device, owns_world: bool) -> Layout:
     return Layout(
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         rank=dist.get_rank(),
@@ -98,6 +100,7 @@ def current_layout(device: torch.device) -> Layout:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         device=device,
+        owns_world=owns_world,
     )
 
 
@@ -108,8 +111,8 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
 
 
-def finish() -> None:
-    """Tear down groups, so that no process is left waiting."""
+def finish(layout: Layout) -> None:
+    """Tear down what ``initialize`` started, so that no process is left waiting."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if layout.owns_world:
         dist.destroy_process_group()

@@ -118,7 +118,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         yield run
     finally:
         signal.signal(signal.SIGTERM, previous)
-        distributed.finish()
+        distributed.finish(layout)
 
 
 def load_student(run: Run) -> GPTModel:

@@ -204,7 +204,7 @@ def _messages_of(paths: list[str], command: str) -> list[str]:
 def _messages(*paths: Path, command: str = "train") -> list[list[str]]:
     """For each config, what the two ranks said."""
     arguments = ([str(path) for path in paths], command)
-    found = run_ranks(2, _messages_of, *arguments, timeout=180, init_process_group=False)
+    found = run_ranks(2, _messages_of, *arguments, timeout=180)
     return [list(both) for both in zip(*found, strict=True)]
 
 
