@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import ModelConfig
@@ -184,10 +183,3 @@ def _prune(folder: Path, keep: int) -> None:
     complete = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     for old in complete[:-keep] if keep else []:
         shutil.rmtree(old)
-
-
-def broadcast_path(path: Path | None) -> Path | None:
-    """Rank 0's view of a path, on every rank: nobody decides from its own file system."""
-    box: list[Path | None] = [path]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu") if dist.get_backend() == "gloo" else None)
-    return box[0]

@@ -111,6 +111,13 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
 
 
+def from_main[Value](value: Value) -> Value:
+    """Rank 0's ``value`` on every rank: nobody decides from its own view of a file system."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def finish(layout: Layout) -> None:
     """Tear down what ``initialize`` started, so that no process is left waiting."""
     parallel_state.destroy_model_parallel()

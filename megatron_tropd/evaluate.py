@@ -12,10 +12,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.checkpoint import broadcast_path, latest_checkpoint
+from megatron_tropd.checkpoint import latest_checkpoint
 from megatron_tropd.config import Config
 from megatron_tropd.data import Tokenizer, read_prompts
-from megatron_tropd.distributed import Layout
+from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, load_student, open_run, vocab_size
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest
@@ -109,7 +109,7 @@ class Evaluator:
 def evaluate(config: Config) -> None:
     """The `evaluate` command: the student's newest checkpoint of the run folder (else ``student.load``), as a table."""
     with open_run(config, "evaluate") as run:
-        newest = broadcast_path(latest_checkpoint(run.checkpoints))
+        newest = from_main(latest_checkpoint(run.checkpoints))
         if newest is not None:
             config = replace(config, student=replace(config.student, load=str(newest)))
             run.config = config

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -14,6 +14,8 @@ from megatron_tropd.answers import AnswerHeader, AnswerWriter
 from megatron_tropd.checkpoint import architecture
 from megatron_tropd.config import Config
 from megatron_tropd.data import read_prompts
+from megatron_tropd.distributed import from_main
+from megatron_tropd.jsonl import DataError
 from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest
@@ -29,14 +31,27 @@ def generate(config: Config) -> None:
         prompts, _ = read_prompts(
             config.data.train, run.tokenizer, config.data.max_prompt_length, config.data.long_prompts
         )
-        assert (
-            config.teacher is not None and config.guidance.answers is not None
-        )  # validate() has refused a run without
-        path = Path(config.guidance.answers)
-        with AnswerWriter(path, _header(run)) if run.layout.is_main else nullcontext() as writer:
+        writer = _open_store(run)
+        with writer or nullcontext():
             waiting = _unanswered(prompts, writer)
             if waiting:
                 _answer(run, waiting, writer)
+        dist.barrier()  # no rank goes on to read a store that is still being written
+
+
+def _open_store(run: Run) -> AnswerWriter | None:
+    """The writer on rank 0, None elsewhere; a store that cannot be continued is refused on every rank."""
+    path = run.config.guidance.answers
+    assert path is not None  # validate() has refused a run without
+    writer, problem = None, ""
+    if run.layout.is_main:
+        try:
+            writer = AnswerWriter(Path(path), _header(run))
+        except DataError as error:
+            problem = str(error)
+    if problem := from_main(problem):
+        raise DataError(problem)
+    return writer
 
 
 def _answer(run: Run, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | None) -> None:
@@ -73,11 +88,9 @@ def _generate_over_replicas(run: Run, engine: RolloutEngine, chunk: list[tuple[i
 
 def _unanswered(prompts: list[Prompt], writer: AnswerWriter | None) -> list[tuple[int, Prompt]]:
     """(Index in the file, prompt) of what the store lacks, as rank 0 sees it; the same list on every rank."""
-    box: list[Any] = [None]
-    if writer is not None:
-        box = [[index for index, prompt in enumerate(prompts) if not writer.num_answers[prompt.id]]]
-    dist.broadcast_object_list(box, src=0)
-    return [(index, prompts[index]) for index in box[0]]
+    done = writer.num_answers if writer is not None else Counter[str]()
+    indices = from_main([index for index, prompt in enumerate(prompts) if not done[prompt.id]])
+    return [(index, prompts[index]) for index in indices]
 
 
 def _header(run: Run) -> AnswerHeader:

@@ -18,13 +18,13 @@ from megatron_tropd import distributed
 from megatron_tropd.checkpoint import (
     Description,
     architecture,
-    broadcast_path,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
-from megatron_tropd.config import Config, ModelConfig, validate
+from megatron_tropd.config import Config, ModelConfig
+from megatron_tropd.config_checks import validate
 from megatron_tropd.config_parser import save_config
 from megatron_tropd.data import Tokenizer, build_tokenizer
 from megatron_tropd.distributed import ON_CPU, Layout
@@ -170,7 +170,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
 
 def resume(run: Run, learner: Learner) -> int:
     """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run)."""
-    newest = broadcast_path(latest_checkpoint(run.checkpoints))
+    newest = distributed.from_main(latest_checkpoint(run.checkpoints))
     if newest is None:
         return 0
     step = load_checkpoint(newest, learner, run.describe(0))

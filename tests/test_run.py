@@ -233,6 +233,13 @@ def test_inputs_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, data: 
         assert all(message in text for text in both), (message, both)
 
 
+def test_a_store_of_another_teacher_is_refused_on_every_rank_and_left_alone(tmp_path: Path, data: Path) -> None:
+    before = (data / "answers.jsonl").read_bytes()
+    (both,) = _messages(config_file(tmp_path, data), command="generate")
+    assert all("the file exists with another header" in text for text in both)
+    assert (data / "answers.jsonl").read_bytes() == before
+
+
 def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
     path = config_file(tmp_path / "first", data, training={"train_iters": 1})
     run_ranks(2, _train, str(path), None, timeout=120, init_process_group=False)
@@ -245,3 +252,57 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, d
     assert all("ffn_hidden_size: the checkpoint has 48, this run 64" in text for text in by_width)
     assert all("training.seed: the checkpoint has 1234, this run 5" in text for text in by_seed)
     assert all("trained with another tokenizer" in text for text in by_tokenizer)
+
+
+def _teach_answer_distil_evaluate(folder: str, paths: dict[str, str]) -> dict[str, Any]:
+    """Every command in turn, as the demo runs them; `generate` twice, since it has to continue."""
+    import torch.distributed as dist
+
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.evaluate import evaluate
+    from megatron_tropd.generate import generate
+    from megatron_tropd.trainer import sft, train
+
+    sft(load_config(paths["teacher"]))
+    distil = load_config(paths["student"])
+    store = Path(folder) / "answers.jsonl"
+    generate(distil)
+    written = store.read_bytes()
+    dist.barrier()
+    if os.environ["RANK"] == "0":
+        # As if a crash had cut the file off in the middle of a line.
+        store.write_bytes(written[: len(written) // 2])
+    dist.barrier()
+    generate(distil)
+    train(distil)
+    evaluate(distil)
+    return {"same store": store.read_bytes() == written, "lines": written.count(b"\n")}
+
+
+def test_the_commands_work_together_on_two_tensor_parallel_ranks(tmp_path: Path, data: Path) -> None:
+    tp2 = {"tensor_model_parallel_size": 2}
+    teacher = config_file(
+        tmp_path / "teacher", data, parallel=tp2, training={"train_iters": 40, "eval_interval": 0, "save_interval": 0}
+    )
+    student = config_file(
+        tmp_path / "student",
+        data,
+        parallel=tp2,
+        teacher={**MODEL, "load": str(tmp_path / "teacher" / "run")},
+        guidance={"answers": str(tmp_path / "answers.jsonl")},
+    )
+    values = yaml.safe_load(student.read_text())
+    values["teacher"] = {**MODEL, "load": str(tmp_path / "teacher" / "run")}
+    student.write_text(yaml.safe_dump(values))
+    paths = {"teacher": str(teacher), "student": str(student)}
+    for found in run_ranks(2, _teach_answer_distil_evaluate, str(tmp_path), paths, timeout=200):
+        assert found == {"same store": True, "lines": 65}
+    taught = _metrics(tmp_path / "teacher" / "run")
+    assert taught[39]["loss"] < taught[0]["loss"] / 1.5
+    folder = tmp_path / "student" / "run"
+    last = _metrics(folder)[-1]
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["num_prompts"] == 16 and evaluation["accuracy"] == last["accuracy"]
+    assert (folder / "report" / "training.png").exists() and (folder / "config.yaml").exists()
+    sample = json.loads((folder / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].endswith("=") and sample["prefix"] + sample["response"]
