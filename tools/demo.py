@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_tropd.metrics import read_metrics
-from megatron_tropd.report import final_values
+from megatron_tropd.report import final_values, plot_runs
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "addition"
 NUM_RANKS = 2
@@ -30,7 +31,7 @@ def main() -> None:
     arguments, overrides = _parse_arguments()
     started = time.perf_counter()
     folder = Path("runs/demo")
-    output = folder if arguments.objective == "tropd" else Path(f"runs/demo-{arguments.objective}")
+    output = _output_of(arguments.objective)
     if not (folder / "data" / "validation.jsonl").exists():
         _run(sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"))
     _stage("teacher learns to add (SFT)", "sft", "teacher.yaml")
@@ -44,17 +45,21 @@ def main() -> None:
         f"--output_dir={output}",
         *overrides,
     )
-    summary = summarize(folder, output, seconds=time.perf_counter() - started)
+    summary = summarize(arguments.objective, folder, output, seconds=time.perf_counter() - started)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _print_table(summary, output)
+    finished = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path("runs").glob("demo*/summary.json"))
+    ]
+    plot_runs({each["objective"]: _output_of(each["objective"]) for each in finished}, Path("runs/demo/comparison.png"))
+    _print_table(finished, output)
 
 
-def summarize(folder: Path, output: Path, *, seconds: float) -> dict[str, object]:
+def summarize(objective: str, folder: Path, output: Path, *, seconds: float) -> dict[str, Any]:
     """What the demo found, from the logs of its runs; ``seconds`` is the wall time of this invocation."""
     lines = [line for line in read_metrics(output / "metrics.jsonl") if "accuracy" in line]
     before, after = lines[0], lines[-1]
     return {
-        "objective": output.name.removeprefix("demo-") if output != folder else "tropd",
+        "objective": objective,
         "teacher_accuracy": final_values(folder / "teacher")["accuracy"],
         "student_accuracy_before": before["accuracy"],
         "student_accuracy_after": after["accuracy"],
@@ -63,6 +68,10 @@ def summarize(folder: Path, output: Path, *, seconds: float) -> dict[str, object
         "steps": after["step"],
         "seconds": round(seconds, 1),
     }
+
+
+def _output_of(objective: str) -> Path:
+    return Path("runs/demo") if objective == "tropd" else Path(f"runs/demo-{objective}")
 
 
 def _parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -86,19 +95,25 @@ def _run(*command: str) -> None:
         sys.exit(f"this stage failed (exit {finished.returncode}): {' '.join(command)}")
 
 
-def _print_table(summary: dict[str, object], output: Path) -> None:
-    table = Table(title=f"{summary['num_prompts']} held-out sums, exact match, greedy")
+def _print_table(summaries: list[dict[str, Any]], output: Path) -> None:
+    """One row for each objective that has been run, this one among them."""
+    newest = summaries[-1]
+    table = Table(title=f"{newest['num_prompts']} held-out sums, greedy, exact match")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
-    table.add_row("teacher", f"{summary['teacher_accuracy']:.1%}")
-    table.add_row("student before", f"{summary['student_accuracy_before']:.1%}")
-    table.add_row(
-        f"student after {summary['steps']} steps of {summary['objective']}", f"{summary['student_accuracy_after']:.1%}"
-    )
+    table.add_column("95 % interval", justify="right")
+    table.add_row("teacher", f"{newest['teacher_accuracy']:.1%}", "")
+    table.add_row("student before", f"{newest['student_accuracy_before']:.1%}", "")
+    for summary in summaries:
+        low, high = summary["student_accuracy_after_interval"]
+        name = f"student after {summary['steps']} steps of {summary['objective']}"
+        table.add_row(name, f"{summary['student_accuracy_after']:.1%}", f"{low:.1%} to {high:.1%}")
     console = Console()
     console.print()
     console.print(table)
-    console.print(f"{summary['seconds']} s. Summary, metrics, checkpoints and plots: {output}/")
+    console.print(
+        f"Summary, metrics, checkpoints and plots: {output}/; all runs side by side: runs/demo/comparison.png"
+    )
 
 
 if __name__ == "__main__":
