@@ -34,12 +34,16 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],
         "data": ["sentencepiece>=0.2"],
+        "hf": ["safetensors>=0.5", "tokenizers>=0.21", "transformers>=4.51"],
         "dev": [
             "mypy",
             "pytest",
             "pytest-timeout",
             "ruff",
+            "safetensors",
             "sentencepiece",
+            "tokenizers",
+            "transformers",
             "types-psutil",
             "types-PyYAML",
             "types-tqdm",

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from megatron_tropd.config import ModelConfig
+from megatron_tropd.config import ModelConfig, architecture
+from megatron_tropd.distributed import Layout
 from megatron_tropd.optimization import load_optimizer_state
 from megatron_tropd.step import Learner
 
@@ -28,14 +30,6 @@ from megatron.core.models.gpt import GPTModel
 DESCRIPTION = "tropd.json"
 LATEST = "latest"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-_WEIGHTLESS_FIELDS = (
-    "load",
-    "init_method_std",
-    "make_vocab_size_divisible_by",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-)
-"""Fields of ModelConfig that say where weights come from or how they are spread, not what the model is."""
 
 
 class CheckpointError(ValueError):
@@ -56,11 +50,6 @@ class Description:
     """Fingerprint of the tokenizer."""
     architecture: dict[str, Any]
     """The fields of ModelConfig that decide shapes and function."""
-
-
-def architecture(config: ModelConfig) -> dict[str, Any]:
-    """The part of a model's config that its weights depend on."""
-    return {name: value for name, value in asdict(config).items() if name not in _WEIGHTLESS_FIELDS}
 
 
 def save_checkpoint(folder: Path, learner: Learner, description: Description, *, keep: int) -> Path:
@@ -111,6 +100,27 @@ def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size
     model.load_state_dict(state["model"])
 
 
+def save_weights(path: Path, model: GPTModel, layout: Layout, description: Description) -> None:
+    """Write the checkpoint folder ``path`` with weights alone (all ranks call this); ``load_weights`` reads it."""
+    temporary = path.with_name(path.name + ".incomplete")
+    if layout.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(temporary))
+    dist.barrier()
+    if layout.is_main:
+        _write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
+        os.rename(temporary, path)
+    dist.barrier()
+
+
+def weights_dtype(path: Path) -> torch.dtype:
+    """The type of the weights in the checkpoint folder ``path``."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(path))
+    return tensors["embedding.word_embeddings.weight"].dtype
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; None for a run that has none yet."""
     pointer = folder / LATEST
@@ -138,7 +148,8 @@ def read_description(path: Path) -> Description:
     """What the checkpoint at ``path`` is of."""
     file = path / DESCRIPTION
     try:
-        return Description(**json.loads(file.read_text(encoding="utf-8")))
+        description = Description(**json.loads(file.read_text(encoding="utf-8")))
+        return replace(description, architecture=architecture(ModelConfig(**description.architecture)))
     except (OSError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} is missing or damaged ({error}); use another checkpoint") from error
 

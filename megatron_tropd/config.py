@@ -5,10 +5,8 @@ Imports no torch, so ``--help`` answers at once.
 
 from __future__ import annotations
 
-import difflib
-import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Schedule = Literal["none", "half-cosine", "quarter-cosine", "linear", "exponential", "constant"]
 
@@ -56,7 +54,8 @@ class ModelConfig:
     num_layers_in_last_pipeline_stage: int | None = None
     """Uneven pipeline split: layers on the last stage; None: even."""
     load: str | None = None
-    """Checkpoint folder to take the weights from (a run's checkpoints folder or one step of it); None: random."""
+    """Folder to take the weights from: a checkpoint (a run's checkpoints folder or one step of it) or a Hugging Face
+    model; None: random."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,12 @@ class ParallelConfig:
 class TokenizerConfig:
     """How text becomes ids; shared by student and teacher."""
 
-    kind: Literal["characters", "sentencepiece"] = "characters"
-    """One id per character of an alphabet, or a SentencePiece model file."""
+    kind: Literal["characters", "sentencepiece", "huggingface"] = "characters"
+    """One id per character of an alphabet, a SentencePiece model file, or a folder with a Hugging Face tokenizer."""
     alphabet: str = "0123456789+-=., abcdefghijklmnopqrstuvwxyz"
     """kind=characters: the characters, in id order; id 0 is padding, 1 is end of text, characters follow from 2."""
     model: str | None = None
-    """kind=sentencepiece: path of the .model file."""
+    """kind=sentencepiece: path of the .model file; kind=huggingface: the folder."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ class GuidanceConfig:
     answers: str | None = None
     """JSONL store of teacher answers (`python -m megatron_tropd generate`); required unless schedule is none."""
     schedule: Literal["auto"] | Schedule = "auto"
-    """How the longest prefix shrinks over training; auto: half-cosine for tropd, none for the other objectives."""
+    """How the longest prefix shrinks over training; auto: half-cosine for the tropd family, constant for seq-kd (whole
+    answers), none for the other objectives."""
     max_prefix_length: int | None = None
     """L_train, tokens: the longest prefix at step 0; None: rollout.max_response_length."""
     prefix_draw: Literal["truncate", "uniform"] = "truncate"
@@ -138,19 +138,27 @@ class ObjectiveOptions:
     gate: Literal["bernoulli", "static", "soft", "none"] | None = None
     """Trust gate."""
     outlier: Literal["fkl", "mask", "clip"] | None = None
-    """What an outlier token contributes."""
+    """What an outlier token contributes: forward KL (full vocabulary under tropd-exact), nothing, K1 on max(R, tau)."""
     tau: float | None = None
-    """Threshold in nats of the static gate and of clip."""
+    """Nats; threshold of the static gate and floor of clip (also reopold's: log(l) / (1 - l))."""
     top_k: int | None = None
-    """Teacher ids in the truncated forward KL."""
+    """Teacher ids in a top-k term."""
     beta: float | None = None
-    """Guidance coefficient (tropd), or the mixing weight of jsd-exact."""
+    """Guidance coefficient, or the mixing weight of jsd and jsd-exact."""
+    alpha: float | None = None
+    """top-d: the proximal teacher's share of the mixture; eopd: coefficient of the added forward KL."""
+    entropy_tau: float | None = None
+    """eopd adds its forward KL where the teacher's entropy is above this, in nats."""
+    skew: float | None = None
+    """skew-fkl, skew-rkl: a, the weight of the divergence's first argument in the mixture."""
+    guidance_loss: Literal["nll", "forward_kl"] | None = None
+    """Guidance tokens: -log pi_S(x), or (tropd-exact) the full-vocabulary forward KL."""
     renormalize: Literal["none", "teacher", "both"] | None = None
     """Renormalisation over the top-k set."""
     tail: Literal["none", "bucket"] | None = None
     """The mass outside the top-k set as one extra event."""
     student_log_prob_min: float | None = None
-    """Clamp of the student's log-prob in the truncated forward KL."""
+    """Clamp of the student's log-prob in the top-k forward KL."""
     fkl_as: Literal["loss", "reward"] | None = None
     """Forward KL as a direct loss, or as a detached reward (reproduces the collapse the paper reports)."""
 
@@ -224,7 +232,8 @@ class Config:
     teacher: ModelConfig | None = None
     """The frozen model that judges; required by `train` and `generate`."""
     objective: str = "tropd"
-    """Preset: tropd, opd, fkl, rkl-exact, fkl-exact, jsd-exact."""
+    """Preset: tropd, tropd-exact, tropd-aopd; opd, aopd, eopd, reopold, top-d, mopd, fkl, jsd; over the full vocabulary
+    rkl-exact, fkl-exact, jsd-exact, skew-fkl, skew-rkl; seq-kd."""
     objective_options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     """Overrides of the preset."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -241,153 +250,43 @@ class Config:
     """Length, sizes, bookkeeping."""
 
 
+_WEIGHTLESS_FIELDS = (
+    "load",
+    "vocab_size",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+)
+"""Fields of ModelConfig that say where weights come from or how they are spread, not what the model is; the vocabulary
+is compared on its own, with its true size."""
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """The fields that a model's weights depend on, with every default filled in: equal for equal models."""
+    fields = {name: value for name, value in asdict(model).items() if name not in _WEIGHTLESS_FIELDS}
+    return fields | {
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+    }
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the field, what was found and what to do."""
 
 
-OBJECTIVES = ("tropd", "opd", "fkl", "rkl-exact", "fkl-exact", "jsd-exact")
+_GUIDED_OBJECTIVES = ("tropd", "tropd-exact", "tropd-aopd")
+OBJECTIVES = (
+    *_GUIDED_OBJECTIVES, "opd", "aopd", "eopd", "reopold", "top-d", "mopd", "fkl", "jsd",
+    "rkl-exact", "fkl-exact", "jsd-exact", "skew-fkl", "skew-rkl", "seq-kd",
+)  # fmt: skip
 """Presets that `train` takes; ``objectives.preset`` defines them."""
 
 
 def resolved_schedule(config: Config) -> Schedule:
-    """The prefix schedule in force: ``auto`` is half-cosine for TrOPD and none for the other objectives."""
+    """The prefix schedule in force: ``auto`` is half-cosine for the tropd family, constant for seq-kd, else none."""
     if config.guidance.schedule != "auto":
         return config.guidance.schedule
-    return "half-cosine" if config.objective == "tropd" else "none"
-
-
-def validate(config: Config, world_size: int, command: str) -> None:
-    """Every check across fields that needs no file and no process group. Raises ConfigError.
-
-    ``command`` is train, sft, generate or evaluate; ``world_size`` the number of processes.
-    """
-    parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found tensor {tp} and pipeline {pp}")
-    _require(
-        world_size % (tp * pp) == 0,
-        f"{world_size} processes cannot be split into tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
-        f"{pp} = {tp * pp}: start a multiple of {tp * pp} processes (torchrun --nproc-per-node)",
-    )
-    _check_model("student", config.student, tp, pp)
-    if config.teacher is not None:
-        _check_model("teacher", config.teacher, tp, pp)
-    _require(
-        config.teacher is not None or command not in ("train", "generate"),
-        f"`{command}` needs a teacher: add a teacher section with its architecture and load",
-    )
-    _check_rollout(config)
-    if command in ("train", "sft"):
-        _check_training(config, world_size // (tp * pp), command)
-    if command in ("train", "generate"):
-        _check_guidance(config, command)
-    if command == "evaluate":
-        _require(
-            config.data.validation is not None, "`evaluate` needs data.validation, a JSONL of prompts with answers"
-        )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
-    groups = model.num_query_groups or model.num_attention_heads
-    sizes = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": groups,
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-    }
-    for field_name, value in sizes.items():
-        _require(value >= 1, f"{name}.{field_name} must be at least 1, found {value}")
-    for field_name in ("ffn_hidden_size", "num_attention_heads", "num_query_groups"):
-        _require(
-            sizes[field_name] % tp == 0,
-            f"{name}.{field_name} {sizes[field_name]} is not divisible by tensor_model_parallel_size {tp}: "
-            f"use a tensor parallel size that divides it",
-        )
-    _require(
-        model.num_attention_heads % groups == 0,
-        f"{name}.num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups {groups}",
-    )
-    _require(
-        model.kv_channels is not None or model.hidden_size % model.num_attention_heads == 0,
-        f"{name}.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
-        f"{model.num_attention_heads}: set {name}.kv_channels",
-    )
-    _check_pipeline(name, model, pp)
-
-
-def _check_pipeline(name: str, model: ModelConfig, pp: int) -> None:
-    uneven = {
-        "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage,
-    }
-    given = {field_name: value for field_name, value in uneven.items() if value is not None}
-    _require(pp > 1 or not given, f"{name}.{next(iter(given), '')} needs pipeline_model_parallel_size > 1")
-    _require(all(value >= 1 for value in given.values()), f"{name}: a pipeline stage needs at least one layer: {given}")
-    layers, stages = model.num_layers - sum(given.values()), pp - len(given)
-    _require(
-        layers >= stages and (layers == 0 if stages == 0 else layers % stages == 0),
-        f"{name}.num_layers {model.num_layers} cannot be split over pipeline_model_parallel_size {pp}"
-        + (f" with {given}" if given else "")
-        + f": the remaining {layers} layers do not divide over {stages} stages; change num_layers or the uneven split "
-        "(num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage)",
-    )
-
-
-def _check_rollout(config: Config) -> None:
-    rollout = config.rollout
-    _require(rollout.temperature >= 0, f"rollout.temperature must be >= 0, found {rollout.temperature}")
-    _require(0 < rollout.top_p <= 1, f"rollout.top_p must be in (0, 1], found {rollout.top_p}")
-    for name in ("samples_per_prompt", "max_response_length", "max_batch_size"):
-        _require(getattr(rollout, name) >= 1, f"rollout.{name} must be at least 1, found {getattr(rollout, name)}")
-    _require(config.data.max_prompt_length >= 1, "data.max_prompt_length must be at least 1")
-
-
-def _check_training(config: Config, dp: int, command: str) -> None:
-    training = config.training
-    samples = config.rollout.samples_per_prompt if command == "train" else 1
-    _require(training.train_iters >= 1, f"training.train_iters must be at least 1, found {training.train_iters}")
-    _require(training.micro_batch_size >= 1, "training.micro_batch_size must be at least 1")
-    rows = training.micro_batch_size * dp
-    unit = math.lcm(rows, samples)
-    size = training.global_batch_size
-    below, above = size // unit * unit, (size // unit + 1) * unit
-    _require(
-        size >= 1 and size % unit == 0,
-        f"training.global_batch_size {size} must be a multiple of micro_batch_size {training.micro_batch_size} x "
-        f"data-parallel size {dp}"
-        + (f" and of rollout.samples_per_prompt {samples}" if samples > 1 else "")
-        + f": try {f'{below} or ' if below else ''}{above}",
-    )
-    if command == "train":
-        _require(config.objective in OBJECTIVES, _unknown_objective(config.objective))
-
-
-def _unknown_objective(name: str) -> str:
-    near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.0)[0]
-    return f"unknown objective {name!r}: did you mean {near!r}? Valid: {', '.join(OBJECTIVES)}"
-
-
-def _check_guidance(config: Config, command: str) -> None:
-    guidance, budget = config.guidance, config.rollout.max_response_length
-    if command == "generate":
-        _require(guidance.answers is not None, "`generate` needs guidance.answers, the file to write")
-        return
-    _require(
-        guidance.answers is not None or resolved_schedule(config) == "none",
-        f"guidance.schedule {resolved_schedule(config)} needs teacher answers: set guidance.answers (written by "
-        "`python -m megatron_tropd generate`), or guidance.schedule=none",
-    )
-    longest = guidance.max_prefix_length
-    _require(
-        longest is None or 0 <= longest <= budget,
-        f"guidance.max_prefix_length {longest} must be between 0 and rollout.max_response_length {budget}",
-    )
-    _require(0 <= guidance.fraction <= 1, f"guidance.fraction must be in [0, 1], found {guidance.fraction}")
-    _require(guidance.min_on_policy_tokens >= 0, "guidance.min_on_policy_tokens must be >= 0")
+    if config.objective == "seq-kd":
+        return "constant"
+    return "half-cosine" if config.objective in _GUIDED_OBJECTIVES else "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -12,26 +13,36 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from megatron_tropd.config import Config, ConfigError
+from megatron_tropd.config import Config, ConfigError, ModelConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+NO_TEACHER = "--teacher=null"
 
 
-def build_parser(command: str, description: str) -> ArgumentParser:
-    """The parser of one command: ``--config FILE`` and an option for every field, documented by its docstring."""
+def build_parser(command: str, description: str, *, with_teacher: bool = True) -> ArgumentParser:
+    """The parser of one command: an option for every field, documented by its docstring.
+
+    The teacher's fields are required where there is a teacher, so a parser is made with or without them.
+    """
     parser = ArgumentParser(
         prog=f"python -m megatron_tropd {command}",
         usage="%(prog)s CONFIG.yaml [--section.field=value ...]",
         description=description,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; the first positional argument says the same")
-    parser.add_class_arguments(Config)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config, skip={"teacher"})
+    if with_teacher:
+        parser.add_class_arguments(ModelConfig, "teacher")
+    sections = {name for name, section in _sections(Config).items() if section is not None}
+    for action in parser._actions:  # jsonargparse's own options: the command line takes fields alone
+        if action.dest != "help" and action.dest not in set(field_names()) - sections:
+            action.help = SUPPRESS
     return parser
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file with ``--section.field=value`` overrides.
+    """The config of a YAML file with ``--section.field=value`` overrides; ``--teacher=null`` drops that section.
 
     Raises ConfigError for an unreadable file, an unknown field (naming the nearest valid one), a missing field or a
     value of the wrong type.
@@ -39,14 +50,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = _read_yaml(path)
     _refuse_unknown(values, Config, prefix="", where=str(path))
     overrides = list(_join_values(overrides))
+    if NO_TEACHER in overrides:
+        values["teacher"] = None
+        overrides = [override for override in overrides if override != NO_TEACHER]
     for override in overrides:
         _refuse_unknown_override(override)
-    parser = build_parser("train", "")
+    if values.get("teacher", {}) is None:
+        del values["teacher"]
+    with_teacher = "teacher" in values or any(override.startswith("--teacher.") for override in overrides)
+    parser = build_parser("train", "", with_teacher=with_teacher)
+    # Every scalar quoted or tagged: what was a string in the file ("1e3") stays one.
+    text = yaml.safe_dump(values, default_style='"')
     try:
-        namespace = parser.parse_args([f"--config={path}", *overrides])
-        return Config(**{field.name: parser.instantiate(namespace)[field.name] for field in fields(Config)})
-    except ArgumentError as error:
+        namespace = parser.parse_args([f"--config={text}", *overrides])
+        sections = parser.instantiate(namespace)
+    except (ArgumentError, OverflowError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    return Config(**{field.name: sections[field.name] for field in fields(Config) if field.name in sections})
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -91,15 +111,22 @@ def _refuse_unknown(values: dict[Any, Any], cls: type, prefix: str, where: str) 
         if name not in sections:
             _raise_unknown(f"{prefix}{name}", where)
         section = sections[name]
-        if section is not None and isinstance(value, dict):
-            _refuse_unknown(value, section, f"{prefix}{name}.", where)
+        if section is None or (name == "teacher" and value is None):
+            continue
+        if not isinstance(value, dict):
+            found = "nothing" if value is None else repr(value)
+            raise ConfigError(f"{where}: {name} is a section of fields, found {found}: fill it in or take it out")
+        _refuse_unknown(value, section, f"{prefix}{name}.", where)
 
 
 def _join_values(overrides: Sequence[str]) -> Iterator[str]:
     """``--a.b value`` as ``--a.b=value``."""
     waiting = iter(overrides)
     for override in waiting:
-        yield override if "=" in override else f"{override}={next(waiting, '')}"
+        value = None if "=" in override or not override.startswith("--") else next(waiting, "--")
+        if value is not None and value.startswith("--"):
+            raise ConfigError(f"{override} needs a value: overrides are written --section.field=value")
+        yield override if value is None else f"{override}={value}"
 
 
 def _refuse_unknown_override(override: str) -> None:
@@ -108,6 +135,8 @@ def _refuse_unknown_override(override: str) -> None:
         raise ConfigError(f"unexpected argument {override!r}: overrides are written --section.field=value")
     if name[2:] not in set(field_names()):
         _raise_unknown(name[2:], "command line")
+    if _sections(Config).get(name[2:]) is not None:
+        raise ConfigError(f"{override}: {name[2:]} is a section; override its fields, {name}.FIELD=value")
 
 
 def _raise_unknown(name: str, where: str) -> None:

@@ -121,15 +121,81 @@ class SentencePieceTokenizer:
         return str(self._processor.decode([index for index in ids if index not in (self.eos_id, self.pad_id)]))
 
 
-def build_tokenizer(kind: Literal["characters", "sentencepiece"], alphabet: str, model: str | None) -> Tokenizer:
-    """The tokenizer of a config: ``alphabet`` for characters, ``model`` (a path) for sentencepiece."""
+class HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face folder. Special tokens written out in a text become their ids.
+
+    One without a padding token is padded with its end-of-text id: padding carries no loss. No code of the folder runs.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Raises ValueError where transformers or the files are missing, or there is no end token."""
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError("tokenizer.kind=huggingface needs a package: pip install megatron-tropd[hf]") from error
+        fingerprint = huggingface_fingerprint(folder)
+        if fingerprint is None:
+            raise ValueError(
+                f"tokenizer.model {folder} is not a folder with tokenizer.json, tokenizer.model or vocab.json in it: "
+                "give the folder of a Hugging Face tokenizer"
+            )
+        self.fingerprint = fingerprint
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"tokenizer.model {folder}: transformers cannot read its tokenizer ({error})") from error
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer.model {folder} has no end token: set eos_token in tokenizer_config.json")
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; padding and end of text are nothing."""
+        _check_ids(ids, self.vocab_size)
+        kept = [index for index in ids if index not in (self.eos_id, self.pad_id)]
+        return str(self._tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+
+def huggingface_fingerprint(folder: str | Path) -> str | None:
+    """Fingerprint of a Hugging Face folder's tokenizer, from its files alone.
+
+    Of tokenizer.json what decides ids counts (not templates, truncation or which token ends a text), so a base model
+    and its chat model compare equal; without that file, the bytes of the vocabulary files. None for a folder that has
+    no tokenizer.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            deciding = [content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): download it again") from error
+        return _fingerprint(b"huggingface", json.dumps(deciding, sort_keys=True).encode())
+    files = [Path(folder) / name for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")]
+    found = [file.name.encode() + b"\0" + file.read_bytes() for file in files if file.is_file()]
+    return _fingerprint(b"huggingface files", b"\0".join(found)) if found else None
+
+
+def build_tokenizer(
+    kind: Literal["characters", "sentencepiece", "huggingface"], alphabet: str, model: str | None
+) -> Tokenizer:
+    """The tokenizer of a config: ``alphabet`` for characters, ``model`` (a path) for the other kinds."""
     if kind == "characters":
         return CharacterTokenizer(alphabet)
-    if kind != "sentencepiece":
-        raise ValueError(f"tokenizer.kind {kind!r} is unknown: characters or sentencepiece")
+    if kind not in ("sentencepiece", "huggingface"):
+        raise ValueError(f"tokenizer.kind {kind!r} is unknown: characters or sentencepiece or huggingface")
     if model is None:
-        raise ValueError("tokenizer.kind=sentencepiece needs tokenizer.model, the path of a .model file")
-    return SentencePieceTokenizer(model)
+        what = "the path of a .model file" if kind == "sentencepiece" else "a folder with a Hugging Face tokenizer"
+        raise ValueError(f"tokenizer.kind={kind} needs tokenizer.model, {what}")
+    return SentencePieceTokenizer(model) if kind == "sentencepiece" else HuggingFaceTokenizer(model)
 
 
 def read_prompts(

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerHeader, AnswerWriter
-from megatron_tropd.checkpoint import architecture
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, architecture
 from megatron_tropd.data import read_prompts
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError

@@ -23,7 +23,7 @@ class LossReport(Mapping[str, torch.Tensor]):
     student_log_prob: torch.Tensor
     """log pi_S(x) of the sampled (or teacher-written) token."""
     trust: torch.Tensor
-    """M: 1 where the K1 term acts, 0 where the outlier treatment does; the weight P_trust under the soft gate."""
+    """M: 1 where the objective trusts the token, 0 where the outlier treatment acts; P_trust under the soft gate."""
     outlier: torch.Tensor
     """1 - M at on-policy tokens."""
     teacher_log_prob: torch.Tensor | None = None
@@ -34,8 +34,8 @@ class LossReport(Mapping[str, torch.Tensor]):
     """min(pi_T(x) / pi_S(x), 1)."""
     teacher_top_k_mass: torch.Tensor | None = None
     """sum of pi_T over its top-k ids, at tokens whose top-k was needed; 0 elsewhere."""
-    outlier_forward_kl: torch.Tensor | None = None
-    """The truncated forward KL, at tokens whose top-k was needed; 0 elsewhere."""
+    top_k_divergence: torch.Tensor | None = None
+    """The objective's divergence over the top-k (the forward KL under `tropd`), where it was needed; 0 elsewhere."""
     student_entropy: torch.Tensor | None = None
     """H(pi_S); this and all below only with full statistics or where the objective computes them anyway."""
     teacher_entropy: torch.Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_tropd.distributed import Layout
+from megatron_tropd.objectives import k2, k3
+from megatron_tropd.report import read_metrics
 from megatron_tropd.types import MicroBatch, Rollout, TokenRegion
 
 SUM_NAMES = (
@@ -27,7 +29,9 @@ SUM_NAMES = (
     "log_prob_gap",
     "teacher_top_k_tokens",
     "teacher_top_k_mass",
-    "outlier_forward_kl",
+    "top_k_divergence",
+    "reverse_kl_k2",
+    "reverse_kl_k3",
     "student_entropy",
     "teacher_entropy",
 )
@@ -50,6 +54,10 @@ def token_sums(
     def total(name: str, mask: torch.Tensor) -> torch.Tensor:
         return report[name][mask].double().sum() if name in report else loss_N.new_zeros((), dtype=torch.float64)
 
+    def estimate(estimator: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        rewards = report["reward"][on_policy_N] if "reward" in report else loss_N[:0]
+        return estimator(rewards.double()).sum()
+
     has_top_k_N = report["teacher_top_k_mass"] > 0 if "teacher_top_k_mass" in report else torch.zeros_like(on_policy_N)
     everywhere_N = torch.ones_like(on_policy_N)
     sums = [
@@ -63,7 +71,9 @@ def token_sums(
         gap_N[on_policy_N].double().sum(),
         has_top_k_N.double().sum(),
         total("teacher_top_k_mass", has_top_k_N),
-        total("outlier_forward_kl", on_policy_N),
+        total("top_k_divergence", on_policy_N),
+        estimate(k2),
+        estimate(k3),
         total("student_entropy", everywhere_N),
         total("teacher_entropy", everywhere_N),
     ]
@@ -105,8 +115,9 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """The logged values from the global sums: means over the positions each one is about.
 
     ``loss`` (nats per loss term), ``outlier_share`` and ``p_trust`` over on-policy tokens, ``reward`` = mean R in nats
-    and ``reward_min``, ``teacher_top_k_mass`` over the rows that needed a top-k, ``outlier_forward_kl`` in nats per
-    outlier, entropies in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
+    and ``reward_min``, ``reverse_kl_k2`` and ``reverse_kl_k3``, estimates of KL(S||T) in nats beside -``reward`` = K1,
+    ``teacher_top_k_mass`` and ``top_k_divergence`` (nats) over the rows that needed a top-k, entropies
+    in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
     = mean |trainer - engine| in nats, and its maximum.
     """
     on_policy = max(sums["on_policy_tokens"], 1.0)
@@ -117,9 +128,11 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "outlier_share": sums["outlier"] / on_policy,
         "reward": sums["reward"] / on_policy,
         "reward_min": -sums["negative_reward_max"] if any_on_policy else 0.0,
+        "reverse_kl_k2": sums["reverse_kl_k2"] / on_policy,
+        "reverse_kl_k3": sums["reverse_kl_k3"] / on_policy,
         "p_trust": sums["p_trust"] / on_policy,
         "teacher_top_k_mass": sums["teacher_top_k_mass"] / max(sums["teacher_top_k_tokens"], 1.0),
-        "outlier_forward_kl": sums["outlier_forward_kl"] / max(sums["outlier"], 1.0),
+        "top_k_divergence": sums["top_k_divergence"] / max(sums["teacher_top_k_tokens"], 1.0),
         "student_entropy": sums["student_entropy"] / response,
         "teacher_entropy": sums["teacher_entropy"] / response,
         "on_policy_share": sums["on_policy_tokens"] / response,
@@ -170,14 +183,6 @@ class MetricsLog:
         """Flush TensorBoard."""
         if self._writer is not None:
             self._writer.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a ``metrics.jsonl``; a last line cut off by a crash is ignored."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _drop_lines_from(path: Path, first_step: int) -> None:

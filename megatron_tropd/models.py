@@ -40,14 +40,14 @@ def build_model(
     vocab_size: int,
     max_sequence_length: int,
     dtype: torch.dtype,
-    seed: int,
+    seed: int | None,
     recompute: bool = False,
 ) -> GPTModel:
     """This rank's slice of a model with freshly initialised weights.
 
     ``vocab_size`` is the true size, before padding; ``max_sequence_length`` in tokens; ``recompute`` trades the memory
     of activations for a second forward. The weights are a function of ``seed`` and the parameter's name alone, so
-    every parallel layout starts from the same model.
+    every parallel layout starts from the same model; with None they are left for a checkpoint to fill.
     """
     transformer_config = build_transformer_config(config, layout, dtype=dtype, recompute=recompute)
     model = GPTModel(
@@ -69,12 +69,19 @@ def build_model(
         pg_collection=layout.groups,
     )
     model.to(device=layout.device, dtype=dtype)
-    initialize_weights(model, layout, vocab_size=vocab_size, std=config.init_method_std, seed=seed)
+    if seed is not None:
+        initialize_weights(model, layout, vocab_size=vocab_size, std=config.init_method_std, seed=seed)
     return model
 
 
 def build_teacher(
-    config: ModelConfig, layout: Layout, *, vocab_size: int, max_sequence_length: int, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    dtype: torch.dtype,
+    seed: int | None,
 ) -> GPTModel:
     """``build_model`` for the frozen judge: no gradients, evaluation mode."""
     teacher = build_model(

@@ -1,12 +1,11 @@
-"""Plots and tables of finished or running runs, from their ``metrics.jsonl`` alone."""
+"""What a run has logged, and plots of it, from ``metrics.jsonl`` alone. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from megatron_tropd.metrics import read_metrics
 
 PANELS = (
     ("accuracy", "held-out accuracy", "linear"),
@@ -17,6 +16,14 @@ PANELS = (
     ("reward", "mean R = log pi_T - log pi_S (nats)", "linear"),
 )
 """(key in metrics.jsonl, title, y scale)."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a ``metrics.jsonl``; a last line cut off by a crash is ignored."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def plot_runs(runs: Mapping[str, Path], output: Path) -> None:

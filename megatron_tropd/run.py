@@ -15,19 +15,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd import distributed
-from megatron_tropd.checkpoint import (
-    Description,
-    architecture,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from megatron_tropd.config import Config, ModelConfig
+from megatron_tropd.checkpoint import Description, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import validate
 from megatron_tropd.config_parser import save_config
-from megatron_tropd.data import Tokenizer, build_tokenizer
+from megatron_tropd.data import Tokenizer, build_tokenizer, huggingface_fingerprint
 from megatron_tropd.distributed import ON_CPU, Layout
+from megatron_tropd.hf_config import is_huggingface
+from megatron_tropd.huggingface import load_huggingface
 from megatron_tropd.models import build_model, build_teacher
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
@@ -141,11 +136,30 @@ def _load(run: Run, config: ModelConfig, build: Callable[..., GPTModel], *, seed
         vocab_size=size,
         max_sequence_length=run.max_sequence_length,
         dtype=run.dtype,
-        seed=seed,
+        seed=seed if config.load is None else None,
     )
-    if config.load is not None:
-        load_weights(Path(config.load), model, config, vocab_size=size, tokenizer=run.tokenizer.fingerprint)
+    if config.load is None:
+        return model
+    folder = Path(config.load)
+    if is_huggingface(folder):
+        _check_tokenizer(run, folder, size)
+        load_huggingface(folder, model, run.layout, config, vocab_size=size)
+    else:
+        load_weights(folder, model, config, vocab_size=size, tokenizer=run.tokenizer.fingerprint)
     return model
+
+
+def _check_tokenizer(run: Run, folder: Path, size: int) -> None:
+    """Refuse a Hugging Face model whose embedding has no row for a token, or whose own tokenizer is another."""
+    if run.tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"the tokenizer has {run.tokenizer.vocab_size} ids, the model {folder} only {size} rows in its embedding: "
+            "use the model's own tokenizer (tokenizer.kind=huggingface)"
+        )
+    if huggingface_fingerprint(folder) not in (None, run.tokenizer.fingerprint):
+        raise ConfigError(
+            f"{folder} has another tokenizer than this run: set tokenizer.kind=huggingface and tokenizer.model to it"
+        )
 
 
 def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:

@@ -8,6 +8,7 @@ Shape suffixes: ``T`` tokens, ``V`` shared vocabulary, ``K`` top-k.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -36,11 +37,24 @@ def dense_loss(
     log_q_x = log_q.gather(1, chosen)[:, 0]
     facts |= _statistics(log_p.detach(), log_q, log_p_x.detach(), log_q_x)
     on_policy = regions_T == 2
+    R = (log_q_x - log_p_x).detach()
+    top_k = _TopK(log_p, log_q, objective)
+    facts |= {"M": _trust(R, objective, uniforms_T), "mass": top_k.mass}
+    if objective.guidance_loss == "forward_kl":
+        loss = torch.where(regions_T == 1, objective.guidance_beta * _kl(log_q, log_p), 0.0)
     per_token = {
-        "sampled": lambda: _sampled(log_p, log_q, log_p_x, log_q_x, objective, uniforms_T, facts),
-        "reverse_kl": lambda: (log_p.exp() * (log_p - log_q)).sum(-1),
-        "forward_kl": lambda: (log_q.exp() * (log_q - log_p)).sum(-1),
+        "sampled": lambda: _sampled(R, log_p_x, top_k, objective, facts),
+        "asymmetric": lambda: _asymmetric(R, log_p_x, top_k, objective, facts),
+        "proximal": lambda: -(objective.proximal_alpha * R.exp() + 1 - objective.proximal_alpha).log() * log_p_x,
+        "entropy": lambda: _entropy(R, log_p_x, top_k, objective, facts),
+        "mixture": lambda: _mixture(R, log_p_x, top_k, objective, facts),
+        "top_k_reverse_kl": lambda: _generalized_reverse(top_k, facts),
+        "reverse_kl": lambda: _kl(log_p, log_q),
+        "forward_kl": lambda: _kl(log_q, log_p),
+        "gated_kl": lambda: _gated(log_p, log_q, objective, facts),
         "jsd": lambda: _jsd(log_p, log_q, objective.jsd_beta),
+        "skew_forward_kl": lambda: _kl(log_q, _mix(log_q, log_p, objective.skew)),
+        "skew_reverse_kl": lambda: _kl(log_p, _mix(log_p, log_q, objective.skew)),
         "none": lambda: torch.zeros_like(loss),
     }[objective.on_policy]()
     return loss + torch.where(on_policy, per_token, 0.0), facts
@@ -56,17 +70,25 @@ def _statistics(
         "p_trust": torch.minimum((log_q_x - log_p_x).exp(), torch.ones_like(log_p_x)),
         "student_entropy": -(p * log_p).sum(-1),
         "teacher_entropy": -(q * log_q).sum(-1),
-        "reverse_kl": (p * (log_p - log_q)).sum(-1),
-        "forward_kl": (q * (log_q - log_p)).sum(-1),
+        "reverse_kl": _kl(log_p, log_q),
+        "forward_kl": _kl(log_q, log_p),
         "total_variation": 0.5 * (p - q).abs().sum(-1),
     }
 
 
-def _jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    p, q = log_p.exp(), log_q.exp()
+def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _mix(log_a: torch.Tensor, log_b: torch.Tensor, weight: float) -> torch.Tensor:
+    """log(weight a + (1 - weight) b)."""
     # In the log domain: ids that both models exclude have m = 0 but log p and log q of their own.
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
-    return beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * (p * (log_p - log_m)).sum(-1)
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log(1 - weight))
+
+
+def _jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    log_m = _mix(log_q, log_p, beta)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
 
 
 def top_k_ids(logits_TV: torch.Tensor, k: int) -> torch.Tensor:
@@ -74,47 +96,95 @@ def top_k_ids(logits_TV: torch.Tensor, k: int) -> torch.Tensor:
     return logits_TV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def _top_k_kl(log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = top_k_ids(log_q, objective.top_k)
-    log_q_K, log_p_K = log_q.gather(1, ids), log_p.gather(1, ids)
-    q_K, mass = log_q_K.exp(), log_q_K.exp().sum(-1)
+class _TopK:
+    """Both models at the teacher's top-k."""
+
+    def __init__(self, log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective) -> None:
+        ids = top_k_ids(log_q, objective.top_k)
+        self.log_p, self.log_q, self.all_log_q = log_p.gather(1, ids), log_q.gather(1, ids), log_q
+        self.mass = self.log_q.exp().sum(-1)
+
+
+def _top_k_kl(top_k: _TopK, objective: Objective) -> torch.Tensor:
+    log_p_K, log_q_K, log_q = top_k.log_p, top_k.log_q, top_k.all_log_q
+    q_K, mass = log_q_K.exp(), top_k.mass
     if objective.student_log_prob_min is not None:
         log_p_K = torch.maximum(log_p_K, torch.full_like(log_p_K, objective.student_log_prob_min))
     if objective.tail == "bucket":
         inside = (q_K * (log_q_K - log_p_K)).sum(-1)
         outside = log_q.exp().sum(-1) - mass
-        return inside + outside * (outside.log() - (1 - log_p_K.exp().sum(-1)).log()), mass
+        return inside + outside * (outside.log() - (1 - log_p_K.exp().sum(-1)).log())
     if objective.renormalize in ("teacher", "both"):
         log_q_K = log_q_K - mass.log()[:, None]
     if objective.renormalize == "both":
         log_p_K = log_p_K - log_p_K.exp().sum(-1).log()[:, None]
-    return (log_q_K.exp() * (log_q_K - log_p_K)).sum(-1), mass
+    return _kl(log_q_K, log_p_K)
 
 
-def _sampled(
-    log_p: torch.Tensor,
-    log_q: torch.Tensor,
-    log_p_x: torch.Tensor,
-    log_q_x: torch.Tensor,
-    objective: Objective,
-    uniforms: torch.Tensor | None,
-    facts: dict[str, torch.Tensor],
-) -> torch.Tensor:
-    R = (log_q_x - log_p_x).detach()
+def _trust(R: torch.Tensor, objective: Objective, uniforms: torch.Tensor | None) -> torch.Tensor:
     u = torch.zeros_like(R) if uniforms is None else uniforms.double()
     acceptance = R.exp().clamp(max=1)
-    M = {
+    return {
         "none": lambda: torch.ones_like(R),
         "reject": lambda: torch.zeros_like(R),
         "static": lambda: 1.0 - (objective.tau >= R).double(),
         "soft": lambda: acceptance,
         "bernoulli": lambda: (u < acceptance).double(),
     }[objective.gate]()
-    kl, facts["mass"] = _top_k_kl(log_p, log_q, objective)
-    facts["kl"], facts["M"] = kl.detach(), M
-    outlier = {
-        "fkl": kl if objective.fkl_as == "loss" else kl.detach() * log_p_x,
-        "mask": torch.zeros_like(R),
-        "clip": -torch.clamp(R, min=objective.tau) * log_p_x,
-    }[objective.outlier]
-    return M * (-R * log_p_x) + (1 - M) * outlier
+
+
+Facts = dict[str, torch.Tensor]
+
+
+def _forward(top_k: _TopK, log_p_x: torch.Tensor, objective: Objective, weights: torch.Tensor, facts: Facts) -> Any:
+    """The weighted top-k forward KL, as a loss or as a reward."""
+    kl = _top_k_kl(top_k, objective)
+    facts["top-k divergence"], facts["top-k weight"] = kl.detach(), weights
+    return weights * (kl if objective.fkl_as == "loss" else kl.detach() * log_p_x)
+
+
+def _outlier(R: torch.Tensor, log_p_x: torch.Tensor, objective: Objective, weights: torch.Tensor) -> torch.Tensor:
+    """K1 on the clipped reward, or nothing."""
+    if objective.outlier == "clip":
+        return -weights * torch.clamp(R, min=objective.tau) * log_p_x
+    return torch.zeros_like(R)
+
+
+def _sampled(R: torch.Tensor, log_p_x: torch.Tensor, top_k: _TopK, objective: Objective, facts: Facts) -> torch.Tensor:
+    M = facts["M"]
+    weights = 1 - M if objective.outlier == "fkl" else torch.zeros_like(M)
+    fkl = _forward(top_k, log_p_x, objective, weights, facts)
+    return M * (-R * log_p_x) + fkl + _outlier(R, log_p_x, objective, 1 - M)
+
+
+def _asymmetric(
+    R: torch.Tensor, log_p_x: torch.Tensor, top_k: _TopK, objective: Objective, facts: Facts
+) -> torch.Tensor:
+    M, positive = facts["M"], (R > 0).double()
+    weights = M * (1 - positive) + (1 - M) * (objective.outlier == "fkl")
+    fkl = _forward(top_k, log_p_x, objective, weights, facts)
+    return M * positive * (-R * log_p_x) + fkl + _outlier(R, log_p_x, objective, 1 - M)
+
+
+def _entropy(R: torch.Tensor, log_p_x: torch.Tensor, top_k: _TopK, objective: Objective, facts: Facts) -> torch.Tensor:
+    weights = objective.entropy_alpha * (facts["teacher_entropy"] > objective.entropy_tau).double()
+    return -R * log_p_x + _forward(top_k, log_p_x, objective, weights, facts)
+
+
+def _mixture(R: torch.Tensor, log_p_x: torch.Tensor, top_k: _TopK, objective: Objective, facts: Facts) -> torch.Tensor:
+    beta = objective.jsd_beta
+    kl = _kl(top_k.log_q, _mix(top_k.log_q, top_k.log_p, beta))
+    facts["top-k divergence"], facts["top-k weight"] = kl.detach(), torch.ones_like(R)
+    return beta * kl - (1 - beta) * (beta * R.exp() + 1 - beta).log() * log_p_x
+
+
+def _generalized_reverse(top_k: _TopK, facts: Facts) -> torch.Tensor:
+    p, q = top_k.log_p.exp(), top_k.log_q.exp()
+    divergence = (p * (top_k.log_p - top_k.log_q) - p + q).sum(-1)
+    facts["top-k divergence"], facts["top-k weight"] = divergence.detach(), torch.ones_like(divergence)
+    return divergence
+
+
+def _gated(log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective, facts: Facts) -> torch.Tensor:
+    M = facts["M"]
+    return M * _kl(log_p, log_q) + (1 - M) * (objective.outlier == "fkl") * _kl(log_q, log_p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_tropd.config import Config, ConfigError, OptimizerConfig, resolved_schedule, validate
+from megatron_tropd.config import Config, ConfigError, OptimizerConfig, resolved_schedule
+from megatron_tropd.config_checks import validate
 from megatron_tropd.config_parser import field_names, load_config, save_config
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -44,10 +46,10 @@ def refused(path: Path, *, world_size: int = 1, command: str = "train") -> str:
 
 def test_file_defaults_and_overrides_come_together(tmp_path: Path) -> None:
     config = load_config(
-        write(tmp_path, optimizer={"min_lr": 0.1}), ["--optimizer.lr=5e-6", "--student.num_layers", "2"]
+        write(tmp_path, optimizer={"min_lr": 1e-7}), ["--optimizer.lr=5e-6", "--student.num_layers", "2"]
     )
     assert config.student.num_layers == 2 and config.teacher is not None and config.teacher.num_layers == 4
-    assert config.optimizer == OptimizerConfig(lr=5e-6, min_lr=0.1)
+    assert config.optimizer == OptimizerConfig(lr=5e-6, min_lr=1e-7)
     validate(config, 1, "train")
 
 
@@ -55,6 +57,13 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + "optimizer:\n  lr: 5e-6\n")
     assert load_config(path).optimizer.lr == 5e-6
+
+
+@pytest.mark.parametrize("alphabet", ["1e3", "yes", "null", "a: b\n#'\"{}[]%@`|>", " lead ", "é\u2028\x85", "😀"])
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, alphabet: str) -> None:
+    path = write(tmp_path, tokenizer={"alphabet": alphabet})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()), default_style='"'))
+    assert load_config(path).tokenizer.alphabet == alphabet
 
 
 def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
@@ -94,12 +103,50 @@ def test_unknown_fields_name_the_nearest_valid_one(tmp_path: Path) -> None:
         ({"training": {"recompute": "perhaps"}}, ["training.recompute", "bool"]),
         ({"student": None}, ["student"]),
         ({"output_dir": None}, ["output_dir"]),
+        ({"teacher": {"num_layers": "many"}}, ["teacher.num_layers", "int", "many"]),
+        ({"optimizer": {"lr": 10**400}}, ["config.yaml", "too large"]),
     ],
 )
 def test_wrong_and_missing_values_are_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, **change))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("section", "found"), [("optimizer", None), ("student", 5), ("teacher", "other.yaml")])
+def test_a_section_without_fields_is_refused(tmp_path: Path, section: str, found: object) -> None:
+    path = write(tmp_path)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), section: found}))
+    with pytest.raises(ConfigError, match=f"{section} is a section of fields, found .*: fill it in or take it out"):
+        load_config(path)
+
+
+def test_a_missing_field_of_the_teacher_is_named_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, teacher=None)
+    with pytest.raises(ConfigError, match=r"required: teacher.hidden_size, [a-z_., ]*$"):
+        load_config(path, ["--teacher.num_layers=3"])
+
+
+def test_the_teacher_can_be_dropped_and_added(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path), ["--teacher", "null"]).teacher is None
+    path = write(tmp_path, teacher=None)
+    added = load_config(path, [f"--teacher.{name}={value}" for name, value in MODEL.items()])
+    assert added.teacher == added.student
+    path.write_text(path.read_text() + "teacher:\n")
+    assert load_config(path).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--student=5"], "student is a section; override its fields, --student.FIELD=value"),
+        (["--training.train_iters", "--optimizer.lr=3"], "--training.train_iters needs a value"),
+        (["--training.recompute"], "--training.recompute needs a value"),
+    ],
+)
+def test_overrides_without_a_field_or_a_value_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path), overrides)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "just words", "\x00"])
@@ -141,12 +188,24 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
             "30 must be a multiple of micro_batch_size 4 .* 28 or 32",
         ),
         ({"training": {"global_batch_size": 4}}, 2, "train", "data-parallel size 2 .* try 8"),
+        ({"training": {"global_batch_size": -4}}, 1, "train", "global_batch_size must be at least 1, found -4"),
+        ({"training": {"save_interval": -3}}, 1, "train", "training.save_interval must be at least 0, found -3"),
+        ({"student": {"num_query_groups": 0}}, 1, "train", "student.num_query_groups must be at least 1, found 0"),
+        ({"teacher": {"kv_channels": -8}}, 1, "train", "teacher.kv_channels must be at least 1, found -8"),
+        ({"student": {"vocab_size": 0}}, 1, "sft", "student.vocab_size must be at least 1, found 0"),
+        ({"optimizer": {"lr": float("inf")}}, 1, "train", "optimizer.lr must be a finite number, found inf"),
+        ({"optimizer": {"lr": -1}}, 1, "train", "optimizer.lr must be at least 0, found -1"),
+        ({"optimizer": {"min_lr": 1}}, 1, "train", "optimizer.min_lr 1.* is above optimizer.lr"),
+        ({"optimizer": {"adam_beta1": 2}}, 1, "train", r"optimizer.adam_beta1 must be in \[0, 1\), found 2"),
         ({"rollout": {"samples_per_prompt": 3}}, 1, "train", "rollout.samples_per_prompt 3: try 24 or 36"),
         ({"rollout": {"temperature": -1}}, 1, "train", "rollout.temperature must be >= 0"),
         ({"rollout": {"top_p": 0}}, 1, "train", "rollout.top_p must be in"),
         ({"rollout": {"max_response_length": 0}}, 1, "train", "rollout.max_response_length must be at least 1"),
         ({"objective": "topd"}, 1, "train", "unknown objective 'topd': did you mean 'opd'|'tropd'"),
         ({"guidance": {"answers": None}}, 1, "train", "half-cosine needs teacher answers: set guidance.answers"),
+        ({"guidance": {"answers": None}, "objective": "tropd-aopd"}, 1, "train", "half-cosine needs teacher answers"),
+        ({"guidance": {"answers": None}, "objective": "seq-kd"}, 1, "train", "constant needs teacher answers"),
+        ({"guidance": {"schedule": "none"}, "objective": "seq-kd"}, 1, "train", "use guidance.schedule=constant"),
         ({"guidance": {"answers": None}}, 1, "generate", "`generate` needs guidance.answers"),
         ({"guidance": {"max_prefix_length": 9999}}, 1, "train", "must be between 0 and rollout.max_response_length"),
         ({"guidance": {"fraction": 1.5}}, 1, "train", r"guidance.fraction must be in \[0, 1\]"),
@@ -167,9 +226,11 @@ def test_uneven_pipeline_splits_that_fit_are_taken(tmp_path: Path) -> None:
     validate(load_config(write(tmp_path, parallel=PP2, student=uneven)), 2, "train")
 
 
-def test_the_automatic_schedule_guides_tropd_alone(tmp_path: Path) -> None:
+def test_the_automatic_schedule_guides_the_tropd_family_alone(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
     assert resolved_schedule(config) == "half-cosine"
+    assert resolved_schedule(replace(config, objective="tropd-exact")) == "half-cosine"
+    assert resolved_schedule(replace(config, objective="seq-kd")) == "constant"
     assert resolved_schedule(replace(config, objective="opd")) == "none"
     unguided = load_config(write(tmp_path, guidance={"answers": None}, objective="opd"))
     validate(unguided, 1, "train")
@@ -177,13 +238,23 @@ def test_the_automatic_schedule_guides_tropd_alone(tmp_path: Path) -> None:
 
 def test_the_objectives_of_the_config_are_the_presets() -> None:
     from megatron_tropd.config import OBJECTIVES
-    from megatron_tropd.objectives import _PRESETS
+    from megatron_tropd.objectives import PRESETS
 
-    assert set(OBJECTIVES) == set(_PRESETS) - {"sft"}
+    assert set(OBJECTIVES) == set(PRESETS) - {"sft"}
 
 
-def test_every_field_is_documented() -> None:
+def test_the_options_of_the_config_are_options_of_the_presets() -> None:
+    from megatron_tropd.config import ObjectiveOptions
+    from megatron_tropd.objectives import Objective
+
+    assert set(field_names(ObjectiveOptions)) <= set(field_names(Objective)) | {"alpha", "beta"}
+
+
+def test_help_documents_every_field_and_nothing_else() -> None:
     from megatron_tropd.config_parser import build_parser
 
     text = build_parser("train", "").format_help()
-    assert all(f"--{name}" in text for name in field_names(Config) if not name.startswith("teacher."))
+    documented = set(re.findall(r"^  --([a-z_0-9.]+)", text, flags=re.MULTILINE))
+    sections = {name.split(".")[0] for name in field_names(Config) if "." in name}
+    assert documented == set(field_names(Config)) - sections
+    assert "Number of transformer layers. (required, type: int)" in text

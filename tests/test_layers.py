@@ -9,11 +9,23 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config", "draws", "jsonl", "loss_report", "types"},
-    {"answers", "batch", "config_parser", "cpu", "data", "objectives", "sampling", "verify"},
-    {"distributed", "guidance", "vocab_parallel"},
-    {"metrics", "models", "pair"},
-    {"optimization", "report", "rollout"},
+    {"config", "draws", "jsonl", "kernels", "loss_report", "report", "types"},
+    {
+        "answers",
+        "batch",
+        "config_checks",
+        "config_parser",
+        "cpu",
+        "data",
+        "hf_config",
+        "hf_mapping",
+        "objectives",
+        "sampling",
+        "verify",
+    },
+    {"distributed", "guidance", "hf_files", "vocab_parallel"},
+    {"huggingface", "metrics", "models", "pair"},
+    {"optimization", "rollout"},
     {"step"},
     {"checkpoint"},
     {"run"},

@@ -69,7 +69,8 @@ def test_a_steps_metrics_are_means_over_the_tokens_they_are_about() -> None:
 
 
 def test_the_log_drops_steps_that_run_again_and_a_torn_last_line(tmp_path: Path) -> None:
-    from megatron_tropd.metrics import MetricsLog, read_metrics
+    from megatron_tropd.metrics import MetricsLog
+    from megatron_tropd.report import read_metrics
 
     log = MetricsLog(tmp_path, is_main=True, first_step=0)
     for step in range(4):

@@ -12,11 +12,27 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tropd.objectives import Objective, preset, token_losses, top_k_forward_kl, trust_weights
+from megatron_tropd.objectives import (
+    PRESETS,
+    Objective,
+    exact_kl_weights,
+    k2,
+    k3,
+    preset,
+    presets,
+    token_losses,
+    top_k_divergence,
+    top_k_forward_kl,
+    top_k_weights,
+    trust_weights,
+)
 
-L = math.log(2)
+L, L3 = math.log(2), math.log(3)
 # 1/2 ln((1/2)/(1/4)) + 1/4 ln((1/4)/(1/2)) = L/2 - L/4
 TOP_2_FKL = L / 4
+# Teacher scaled to (2/3, 1/3): 2/3 ln(8/3) + 1/3 ln(2/3) = 2/3 (3 L - L3) + 1/3 (L - L3)
+TOP_2_FKL_SCALED = 7 / 3 * L - L3
+REOPOLD_TAU = -1.7199611490370512  # ln(0.3) / 0.7
 
 
 def log(*probabilities: float) -> torch.Tensor:
@@ -30,20 +46,21 @@ def loss_of(
     teacher: float = 1 / 16,
     uniform: float = 0.5,
     divergence: float = 0.0,
+    entropy: float = 0.0,
 ) -> tuple[float, float]:
     """Loss of one token and its derivative on log pi_S(x), the top-2 as in the module docstring."""
     log_prob = log(student).requires_grad_()
     reward = log(teacher) - log_prob.detach()
     regions = torch.tensor([region])
     trust, outlier = trust_weights(objective, reward, regions == 2, torch.tensor([uniform]))
-    kl = top_k_forward_kl(objective, log(1 / 4, 1 / 2)[None], log(1 / 2, 1 / 4)[None])
+    top_k = top_k_divergence(objective, log(1 / 4, 1 / 2)[None], log(1 / 2, 1 / 4)[None])
     loss = token_losses(
         objective, regions_N=regions, student_log_probs_N=log_prob, rewards_N=reward, trust_N=trust, outlier_N=outlier,
-        forward_kl_N=kl, divergence_N=torch.tensor([divergence], dtype=torch.float64),
+        teacher_entropy_N=torch.tensor([entropy]), top_k_divergence_N=top_k,
+        divergence_N=torch.tensor([divergence], dtype=torch.float64).requires_grad_(),
     )  # fmt: skip
-    loss.sum().backward()
-    assert log_prob.grad is not None
-    return float(loss.detach()), float(log_prob.grad)
+    (slope,) = torch.autograd.grad(loss.sum(), log_prob, materialize_grads=True)
+    return float(loss.detach()), float(slope)
 
 
 HAND: list[tuple[str, dict[str, Any], dict[str, Any], float, float]] = [
@@ -94,6 +111,55 @@ HAND: list[tuple[str, dict[str, Any], dict[str, Any], float, float]] = [
     ("rkl-exact", {}, {"divergence": 0.3}, 0.3, 0.0),
     ("fkl-exact", {}, {"divergence": 0.3}, 0.3, 0.0),
     ("jsd-exact", {}, {"divergence": 0.3}, 0.3, 0.0),
+    ("skew-fkl", {}, {"divergence": 0.3}, 0.3, 0.0),
+    ("skew-rkl", {}, {"divergence": 0.3}, 0.3, 0.0),
+    # Weights of the gated divergence are in it (`exact_kl_weights`); guidance is the NLL, or beta times the divergence.
+    ("tropd-exact", {}, {"divergence": 0.3}, 0.3, 0.0),
+    ("tropd-exact", {}, {"region": 1, "divergence": 0.3}, 0.001 * L, -0.001),
+    ("tropd-exact", {"guidance_loss": "forward_kl", "beta": 0.5}, {"region": 1, "divergence": 0.3}, 0.15, 0.0),
+    ("tropd-exact", {}, {"region": 0, "divergence": 0.3}, 0.0, 0.0),
+    ("seq-kd", {}, {"region": 1}, L, -1.0),
+    ("seq-kd", {}, {}, 0.0, 0.0),
+    # aopd: R = -3 L <= 0, R = 0 <= 0, R = L > 0 (as K1 above).
+    ("aopd", {}, {}, TOP_2_FKL, 0.0),
+    ("aopd", {}, {"teacher": 1 / 2}, TOP_2_FKL, 0.0),
+    ("aopd", {}, {"teacher": 1.0}, L**2, -L),
+    # tropd-aopd: trusted (u < 1/8) with R <= 0: the forward KL, as for outliers; trusted with R > 0: K1.
+    ("tropd-aopd", {}, {"uniform": 0.124}, TOP_2_FKL, 0.0),
+    ("tropd-aopd", {}, {"uniform": 0.126}, TOP_2_FKL, 0.0),
+    ("tropd-aopd", {}, {"teacher": 1.0, "uniform": 0.999}, L**2, -L),
+    ("tropd-aopd", {"outlier": "mask"}, {"uniform": 0.124}, TOP_2_FKL, 0.0),
+    ("tropd-aopd", {"outlier": "mask"}, {"uniform": 0.126}, 0.0, 0.0),
+    ("tropd-aopd", {"outlier": "clip"}, {"uniform": 0.126}, -1.72 * L, 1.72),
+    ("tropd-aopd", {"outlier": "clip", "gate": "soft"}, {}, TOP_2_FKL / 8 - 7 / 8 * 1.72 * L, 7 / 8 * 1.72),
+    # eopd: K1, and above the threshold (0.8 is not above 0.8) alpha times the forward KL of the scaled teacher.
+    ("eopd", {}, {"entropy": 0.81}, -3 * L**2 + TOP_2_FKL_SCALED, 3 * L),
+    ("eopd", {"alpha": 0.5}, {"entropy": 0.81}, -3 * L**2 + TOP_2_FKL_SCALED / 2, 3 * L),
+    ("eopd", {"entropy_tau": 0.5}, {"entropy": 0.5}, -3 * L**2, 3 * L),
+    ("eopd", {}, {"entropy": 0.81, "teacher": 1.0}, L**2 + TOP_2_FKL_SCALED, -L),
+    # reward: alpha FKL ln pi_S(x) besides K1.
+    (
+        "eopd",
+        {"fkl_as": "reward"},
+        {"entropy": 0.81},
+        -3 * L**2 - TOP_2_FKL_SCALED * L,
+        3 * L + TOP_2_FKL_SCALED,
+    ),
+    # reopold: R = -3 L = -2.08 is raised to tau = -1.72: -tau ln pi_S = tau L; R = -2 L = -1.39 and R = L are not.
+    ("reopold", {}, {}, REOPOLD_TAU * L, -REOPOLD_TAU),
+    ("reopold", {}, {"teacher": 0.0}, REOPOLD_TAU * L, -REOPOLD_TAU),
+    ("reopold", {}, {"teacher": 1 / 8}, -2 * L**2, 2 * L),
+    ("reopold", {}, {"teacher": 1.0}, L**2, -L),
+    # top-d: rho = 1/8, reward ln(0.2 / 8 + 0.8) = ln 0.825; at most ln 0.8 below; rho = 2 at alpha 1/2: ln(1 + 1/2).
+    ("top-d", {}, {}, math.log(0.825) * L, -math.log(0.825)),
+    ("top-d", {}, {"teacher": 0.0}, math.log(0.8) * L, -math.log(0.8)),
+    ("top-d", {"alpha": 0.5}, {"teacher": 1.0}, math.log(1.5) * L, -math.log(1.5)),
+    # mopd: 1/4 ln(1/2) - 1/4 + 1/2 + 1/2 ln 2 - 1/2 + 1/4 = L/4
+    ("mopd", {}, {}, L / 4, 0.0),
+    # jsd: m = 3/8 at both ids: 1/2 ln(4/3) + 1/4 ln(2/3) = 1/2 (2 L - L3) + 1/4 (L - L3) = 5/4 L - 3/4 L3, halved;
+    # K1 on the reward ln(1/2 * 1/8 + 1/2) = ln(9/16), halved.
+    ("jsd", {}, {}, (5 / 4 * L - 3 / 4 * L3) / 2 + math.log(9 / 16) * L / 2, -math.log(9 / 16) / 2),
+    ("jsd", {}, {"region": 1}, 0.001 * L, -0.001),
 ]
 
 
@@ -127,6 +193,74 @@ def test_hand_worked_truncated_forward_kl(
     objective = preset("tropd", **overrides)
     kl = top_k_forward_kl(objective, log(*student)[None], log(1 / 2, 1 / 4)[None])
     assert float(kl) == pytest.approx(expected, abs=1e-6)
+
+
+def test_hand_worked_top_k_divergences() -> None:
+    # mopd, pi_S = (1/8, 1/2): 1/8 ln(1/4) - 1/8 + 1/2 + 1/2 ln 2 - 1/2 + 1/4 = L/4 + 1/8
+    mopd = top_k_divergence(preset("mopd"), log(1 / 8, 1 / 2)[None], log(1 / 2, 1 / 4)[None])
+    assert float(mopd) == pytest.approx(L / 4 + 1 / 8)
+    # jsd, beta = 1/4: m = (5/16, 7/16): 1/2 ln(8/5) + 1/4 ln(4/7)
+    jsd = top_k_divergence(preset("jsd", beta=0.25), log(1 / 4, 1 / 2)[None], log(1 / 2, 1 / 4)[None])
+    assert float(jsd) == pytest.approx(math.log(8 / 5) / 2 + math.log(4 / 7) / 4)
+
+
+@pytest.mark.parametrize("name", ["mopd", "jsd"])
+def test_what_either_model_excludes_has_a_finite_gradient(name: str) -> None:
+    """Neither has the first id, the student lacks the second; the third is (1/2, 1/4)."""
+    student = log(0.0, 0.0, 1 / 2)[None].requires_grad_()
+    found = top_k_divergence(preset(name), student, log(0.0, 3 / 4, 1 / 4)[None])
+    found.sum().backward()
+    assert student.grad is not None
+    # mopd: 0 + 3/4 + (1/2 ln 2 - 1/2 + 1/4), slope p ln(p/q) = L/2.
+    # jsd: 0 + 3/4 ln 2 + 1/4 ln(1/4 / (3/8)), slope -q (p/2) / m = -1/4 * 1/4 / (3/8).
+    value, slope = {"mopd": (1 / 2 + L / 2, L / 2), "jsd": (3 / 4 * L + (L - L3) / 4, -1 / 6)}[name]
+    assert float(found.detach()) == pytest.approx(value)
+    assert student.grad.tolist() == [[0.0, 0.0, pytest.approx(slope)]]
+
+
+def test_weights_of_the_exact_divergences() -> None:
+    """No region, guidance, trusted, outlier."""
+    regions, trust, outlier = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 0, 1, 0]), torch.tensor([0.0, 0, 0, 1])
+    for overrides, forward in [
+        ({}, [0, 0, 0, 1]),
+        ({"guidance_loss": "forward_kl"}, [0, 1, 0, 1]),
+        ({"outlier": "mask"}, [0, 0, 0, 0]),
+    ]:
+        weights = exact_kl_weights(preset("tropd-exact", **overrides), regions, trust, outlier)
+        assert [weight.tolist() for weight in weights] == [[0, 0, 1, 0], forward]
+
+
+def test_tropd_aopd_takes_aopds_terms() -> None:
+    """R > 0 is always trusted, so under outlier fkl the draw decides nothing; under mask it does."""
+    rewards = 2 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(200, generator=torch.Generator().manual_seed(1))
+    on_policy, regions = torch.full((200,), True), torch.full((200,), 2)
+
+    def losses(objective: Objective) -> torch.Tensor:
+        trust, outlier = trust_weights(objective, rewards, on_policy, uniforms)
+        return token_losses(
+            objective, regions_N=regions, student_log_probs_N=torch.full((200,), -0.7), rewards_N=rewards,
+            trust_N=trust, outlier_N=outlier, top_k_divergence_N=torch.full((200,), 0.3),
+        )  # fmt: skip
+
+    assert torch.equal(losses(preset("tropd-aopd")), losses(preset("aopd")))
+    assert not torch.equal(losses(preset("tropd-aopd", outlier="mask")), losses(preset("aopd")))
+
+
+def test_estimators_of_the_reverse_kl() -> None:
+    """rho = 1/8: K2 = (3 L)^2 / 2, K3 = 1/8 - 1 + 3 L. Over x ~ pi_S K3 is the KL; neither is ever negative."""
+    assert float(k2(log(1 / 8))) == pytest.approx(4.5 * L**2)
+    assert float(k3(log(1 / 8))) == pytest.approx(3 * L - 7 / 8)
+    student = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    teacher = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    rewards = teacher - student
+    assert float((student.exp() * k3(rewards)).sum()) == pytest.approx(-float((student.exp() * rewards).sum()))
+    assert (k2(rewards) >= 0).all() and (k3(rewards) >= 0).all()
+
+
+def test_every_preset_states_its_equation() -> None:
+    described = presets.__doc__ or ""
+    assert all(f"``{name}``" in described for name in PRESETS)
 
 
 def test_floor_stops_the_gradient_below_it() -> None:
@@ -187,6 +321,14 @@ def test_equal_models_are_trusted_and_stationary() -> None:
         preset("fkl"),
         preset("jsd-exact"),
         preset("sft"),
+        preset("aopd"),
+        preset("tropd-aopd", gate="soft", outlier="clip"),
+        preset("eopd"),
+        preset("reopold"),
+        preset("top-d"),
+        preset("mopd"),
+        preset("jsd", beta=0.3),
+        preset("tropd-exact", gate="soft", guidance_loss="forward_kl"),
     ],
     ids=lambda objective: f"{objective.name}-{objective.gate}-{objective.outlier}",
 )
@@ -198,12 +340,15 @@ def test_gradcheck(objective: Objective) -> None:
     regions = torch.arange(9) % 3
     rewards = 2 * torch.randn(9, dtype=torch.float64, generator=generator)
     trust, outlier = trust_weights(objective, rewards, regions == 2, None)
+    entropy = 1.6 * torch.rand(9, dtype=torch.float64, generator=generator)
+    if objective.on_policy in ("entropy", "asymmetric"):
+        assert top_k_weights(objective, rewards, trust, outlier, entropy)[regions == 2].unique().shape[0] > 1
 
     def losses(log_probs: torch.Tensor, top_k: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
-        kl = top_k_forward_kl(objective, top_k, teacher_NK)
+        top_k = top_k_divergence(objective, top_k, teacher_NK)
         return token_losses(
             objective, regions_N=regions, student_log_probs_N=log_probs, rewards_N=rewards, trust_N=trust,
-            outlier_N=outlier, forward_kl_N=kl, divergence_N=divergence,
+            outlier_N=outlier, teacher_entropy_N=entropy, top_k_divergence_N=top_k, divergence_N=divergence,
         )  # fmt: skip
 
     inputs = (
@@ -235,7 +380,8 @@ def test_reward_form_has_no_expected_gradient() -> None:
     log_probs = logits.log_softmax(-1)
     losses = token_losses(
         preset("fkl", fkl_as="reward"), regions_N=torch.full((5,), 2), student_log_probs_N=log_probs,
-        rewards_N=torch.zeros(5), trust_N=torch.zeros(5), outlier_N=torch.ones(5), forward_kl_N=torch.full((5,), 0.7),
+        rewards_N=torch.zeros(5), trust_N=torch.zeros(5), outlier_N=torch.ones(5),
+        top_k_divergence_N=torch.full((5,), 0.7),
     )  # fmt: skip
     (losses * log_probs.detach().exp()).sum().backward()
     assert logits.grad is not None
@@ -263,6 +409,24 @@ def test_reward_form_has_no_expected_gradient() -> None:
         ("sft", {"outlier": "mask"}, "no trust gate"),
         ("opd", {"outlier": "clip"}, "give gate='static' too"),
         ("fkl", {"outlier": "mask"}, "leaves no loss"),
+        ("tropd-aodp", {}, "did you mean 'tropd-aopd'"),
+        ("tropd-exact", {"outlier": "clip"}, "no reward to clip.*'mask'"),
+        ("tropd-exact", {"guidance_loss": "fkl"}, "did you mean 'forward_kl'"),
+        ("tropd", {"guidance_loss": "forward_kl"}, "preset 'tropd-exact'"),
+        ("eopd", {"gate": "soft"}, "no trust gate"),
+        ("eopd", {"tail": "bucket"}, "use renormalize='none'"),
+        ("eopd", {"alpha": 0}, "entropy_alpha must be finite and > 0.*'opd'"),
+        ("eopd", {"entropy_tau": -0.1}, "nats >= 0"),
+        ("eopd", {"alpha": 1, "entropy_alpha": 1}, "give one of them"),
+        ("top-d", {"alpha": 1.0}, "strictly between 0 and 1 .1 is the preset 'opd'"),
+        ("top-d", {"gate": "static"}, "no trust gate"),
+        ("tropd", {"alpha": 0.5}, "no alpha: leave it out; 'top-d' and 'eopd'"),
+        ("skew-fkl", {"skew": 0.0}, "0 is the preset"),
+        ("mopd", {"renormalize": "both"}, "which this objective does not take; leave it out"),
+        ("mopd", {"fkl_as": "reward"}, "use preset 'fkl'"),
+        ("jsd", {"student_log_prob_min": -10}, "leave it out"),
+        ("jsd", {"beta": 0.0}, "strictly between 0 and 1"),
+        ("seq-kd", {"gate": "soft"}, "no trust gate"),
     ],
 )
 def test_refused(name: str, overrides: dict[str, Any], said: str) -> None:
@@ -275,3 +439,20 @@ def test_beta_is_the_rows_own() -> None:
     jsd = preset("jsd-exact", beta=0.25, guidance_beta=3)
     assert (jsd.jsd_beta, jsd.guidance_beta) == (0.25, 3)
     assert preset("sft").guidance_beta == 1
+    assert preset("jsd", beta=0.25).jsd_beta == 0.25
+    assert preset("top-d", alpha=0.25).proximal_alpha == 0.25
+    assert preset("eopd", alpha=0.25, beta=3).entropy_alpha == 0.25
+    assert preset("skew-rkl", skew=0.25).mixture_weight == 0.75
+
+
+def test_defaults_are_the_methods() -> None:
+    assert preset("aopd").tau == 0
+    assert preset("reopold").tau == pytest.approx(REOPOLD_TAU)
+    eopd = preset("eopd")
+    assert (eopd.entropy_tau, eopd.entropy_alpha, eopd.top_k, eopd.renormalize) == (0.8, 1, 16, "teacher")
+    assert (preset("top-d").mixture_weight, preset("skew-fkl").mixture_weight, preset("skew-rkl").mixture_weight) == (
+        0.2,
+        0.1,
+        0.9,
+    )
+    assert (preset("mopd").top_k, preset("jsd").jsd_beta, preset("seq-kd").guidance_beta) == (64, 0.5, 1)

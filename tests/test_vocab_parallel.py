@@ -62,7 +62,90 @@ def test_hand_worked_gradients() -> None:
     torch.testing.assert_close(report["p_trust"], torch.tensor([0, 0.25, 0.25, 0.25]), atol=1e-6, rtol=0)
     assert report.trust.tolist() == [0, 0, 1, 0] and report.outlier.tolist() == [0, 0, 0, 1]
     torch.testing.assert_close(report.teacher_top_k_mass, torch.tensor([0, 0, 0, 0.75]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(report.outlier_forward_kl, torch.tensor([0, 0, 0, 1.25 * L]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(report.top_k_divergence, torch.tensor([0, 0, 0, 1.25 * L]), atol=1e-6, rtol=0)
+
+
+# The models of the test above: the teacher's entropy is 7/4 L = 1.213, KL(S||T) = KL(T||S) = 7/8 L, and the mixture of
+# equal shares is m = (5, 3, 3, 5) / 16, so that q/m = (2/5, 2/3, 4/3, 8/5) and sum p q / m = 11/15.
+K = math.log(2 / 5) / 8 + math.log(2 / 3) / 8 + math.log(4 / 3) / 4 + math.log(8 / 5) / 2
+"""KL(T||m), and KL(S||m) by symmetry."""
+G = -math.log(5 / 8)
+"""Minus the mixture's reward ln(rho / 2 + 1 / 2) at rho = 1/4."""
+
+
+@pytest.mark.parametrize(
+    ("objective", "token", "value", "gradient"),
+    [
+        # Trusted: p (log p/q - 7/8 L). Rejected: p - q. Guidance: beta (p - q).
+        (preset("tropd-exact"), (2, 0.24), 7 / 8 * L, [9 / 16 * L, L / 32, -15 / 64 * L, -23 / 64 * L]),
+        (preset("tropd-exact"), (2, 0.25), 7 / 8 * L, [3 / 8, 1 / 8, -1 / 8, -3 / 8]),
+        (
+            preset("tropd-exact", guidance_loss="forward_kl", beta=2),
+            (1, 0.0),
+            7 / 4 * L,
+            [3 / 4, 1 / 4, -1 / 4, -3 / 4],
+        ),
+        # R = -2 L <= 0: the forward KL of the test above, trusted or not.
+        (preset("tropd-aopd", top_k=2), (2, 0.24), 1.25 * L, [3 / 8, 3 / 16, 3 / 32 - 1 / 4, 3 / 32 - 1 / 2]),
+        (preset("aopd", top_k=2), (2, 0.24), 1.25 * L, [3 / 8, 3 / 16, 3 / 32 - 1 / 4, 3 / 32 - 1 / 2]),
+        # -2 L is below -1.72 neither: K1; raised to -1 it is K1 with R = -1: R (p - 1[x]).
+        (preset("reopold"), (2, 0.0), -2 * L**2, [L, -L / 2, -L / 4, -L / 4]),
+        (preset("reopold", tau=-1.0), (2, 0.0), -L, [1 / 2, -1 / 4, -1 / 8, -1 / 8]),
+        # K1 + 2/3 ln(16/3) + 1/3 ln(8/3); slopes 2 L at x, -1/3 and -2/3 at ids 2 and 3, less their sum times p.
+        (
+            preset("eopd", top_k=2),
+            (2, 0.0),
+            -2 * L**2 + 11 / 3 * L - math.log(3),
+            [L + 1 / 2, -(2 * L - 1) / 4, -1 / 3 - (2 * L - 1) / 8, -2 / 3 - (2 * L - 1) / 8],
+        ),
+        # Above the teacher's entropy: K1 alone.
+        (preset("eopd", top_k=2, entropy_tau=1.22), (2, 0.0), -2 * L**2, [L, -L / 2, -L / 4, -L / 4]),
+        # -G in R's place.
+        (preset("top-d", alpha=0.5), (2, 0.0), -G * L, [G / 2, -G / 4, -G / 8, -G / 8]),
+        # p ln(p/q) - p + q at ids 3, 2: -L/4 + 3/8, -L/8 + 1/8; slopes -L/4, -L/8.
+        (preset("mopd", top_k=2), (2, 0.0), 1 / 2 - 3 / 8 * L, [3 / 16 * L, 3 / 32 * L, -5 / 64 * L, -13 / 64 * L]),
+        # Halves of K1 with -G, and of q ln(q/m) at ids 3, 2, whose slopes are -q (p/2) / m = -1/10, -1/12.
+        (
+            preset("jsd", top_k=2),
+            (2, 0.0),
+            -G * L / 2 + math.log(8 / 5) / 4 + math.log(4 / 3) / 8,
+            [
+                G / 2 - (G / 2 - 11 / 120) / 2,
+                -(G / 2 - 11 / 120) / 4,
+                -1 / 24 - (G / 2 - 11 / 120) / 8,
+                -1 / 20 - (G / 2 - 11 / 120) / 8,
+            ],
+        ),
+        # -p/2 (q/m - 11/15)
+        (preset("skew-fkl", skew=0.5), (2, 0.0), K, [1 / 12, 1 / 120, -3 / 80, -13 / 240]),
+        # p (log p/m - K + (q/m - 11/15) / 2), p/m = (8/5, 4/3, 2/3, 2/5)
+        (
+            preset("skew-rkl", skew=0.5),
+            (2, 0.0),
+            K,
+            [
+                (math.log(8 / 5) - K - 1 / 6) / 2,
+                (math.log(4 / 3) - K - 1 / 30) / 4,
+                (math.log(2 / 3) - K + 3 / 10) / 8,
+                (math.log(2 / 5) - K + 13 / 30) / 8,
+            ],
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, Objective) else "",
+)
+def test_hand_worked_gradients_of_the_other_objectives(
+    objective: Objective, token: tuple[int, float], value: float, gradient: list[float]
+) -> None:
+    student = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]]).log().requires_grad_()
+    teacher = torch.tensor([[1 / 8, 1 / 8, 1 / 4, 1 / 2]]).log() + 5
+    region, uniform = token
+    loss, _ = distillation_loss(
+        student, teacher, torch.tensor([0]), torch.tensor([region]), objective, vocab_size=4,
+        uniforms_T=torch.tensor([uniform]),
+    )  # fmt: skip
+    loss.sum().backward()
+    assert float(loss.detach()) == pytest.approx(value, abs=1e-6)
+    torch.testing.assert_close(student.grad, torch.tensor([gradient]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,7 +181,11 @@ def test_inplace_backward_reuses_the_buffer() -> None:
         torch.autograd.grad(loss, student, case.grad_T)
 
 
-@pytest.mark.parametrize("name", ["tropd", "opd", "rkl-exact", "fkl-exact", "jsd-exact"])
+STATIONARY = ["tropd", "opd", "rkl-exact", "fkl-exact", "jsd-exact"]
+STATIONARY += ["tropd-exact", "reopold", "top-d", "mopd", "skew-fkl", "skew-rkl"]
+
+
+@pytest.mark.parametrize("name", STATIONARY)
 def test_equal_models_have_zero_gradient(name: str) -> None:
     case = make_case(103, 110, 110)
     case = dataclasses.replace(
@@ -106,9 +193,20 @@ def test_equal_models_have_zero_gradient(name: str) -> None:
     )
     loss, report, gradient = run_sharded(case, preset(name), None, uniforms_T=torch.full((24,), 0.9999999))
     # The mixture's logarithm is rounded; everything else cancels exactly.
-    limit = 1e-6 if name == "jsd-exact" else 0.0
+    limit = 1e-6 if name in ("jsd-exact", "top-d", "skew-fkl", "skew-rkl") else 0.0
     assert gradient.abs().max() <= limit and loss.abs().max() <= limit
     assert report.outlier.sum() == 0
+
+
+@pytest.mark.parametrize("name", ["fkl", "aopd", "tropd-aopd", "eopd", "jsd"])
+def test_equal_models_are_stationary_where_the_top_k_is_everything(name: str) -> None:
+    """A truncated forward KL pulls towards its ids even there; over the whole vocabulary only rounding is left."""
+    case = make_case(103, 110, 110)
+    case = dataclasses.replace(
+        case, teacher_TV=case.student_TV.clone(), regions_T=case.regions_T.where(case.regions_T != 1, 0)
+    )
+    gradients = [run_sharded(case, preset(name, top_k=top_k), None)[2].abs().max() for top_k in (7, 103)]
+    assert gradients[0] > 1e-3 and gradients[1] < 1e-5
 
 
 @pytest.mark.parametrize("objective", [preset("tropd", top_k=5), preset("fkl", top_k=5, renormalize="teacher")])
@@ -147,6 +245,13 @@ def with_infinities(case: Case) -> Case:
         preset("fkl-exact"),
         preset("jsd-exact"),
         preset("sft"),
+        preset("tropd-aopd", top_k=1000, gate="soft"),
+        preset("tropd-exact", gate="reject"),
+        preset("top-d"),
+        preset("mopd", top_k=7),
+        preset("jsd", top_k=1000),
+        preset("skew-fkl"),
+        preset("skew-rkl"),
     ],
     ids=lambda objective: f"{objective.name}-{objective.gate}-{objective.outlier}",
 )
@@ -176,21 +281,35 @@ def test_huge_logits(scale: float) -> None:
         preset("fkl"),
         preset("rkl-exact"),
         preset("fkl-exact"),
+        preset("tropd-exact"),
+        preset("mopd"),
     ):
         check_against_dense(case, objective, None)
-    loss, _, gradient = run_sharded(case, preset("jsd-exact"), None, full_statistics=True)
-    assert loss.isfinite().all() and gradient.isfinite().all()
+    for name in ("jsd-exact", "skew-fkl", "skew-rkl", "jsd", "top-d", "eopd"):
+        loss, _, gradient = run_sharded(case, preset(name), None, full_statistics=True)
+        assert loss.isfinite().all() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("outlier", ["fkl", "mask", "clip"])
-@pytest.mark.parametrize("gate", ["bernoulli", "static", "soft"])
-def test_a_broken_model_is_not_hidden(gate: str, outlier: str) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(
+            preset("tropd", gate=gate, outlier=outlier)
+            for gate in ("bernoulli", "static", "soft")
+            for outlier in ("fkl", "mask", "clip")
+        ),
+        *(preset(name) for name in ("tropd-exact", "tropd-aopd", "aopd", "reopold", "eopd", "top-d", "mopd", "jsd")),
+        *(preset(name) for name in ("skew-fkl", "skew-rkl")),
+    ],
+    ids=lambda objective: f"{objective.name}-{objective.gate}-{objective.outlier}",
+)
+def test_a_broken_model_is_not_hidden(objective: Objective) -> None:
     case = make_case(30, 32, 32)
     on_policy = torch.full_like(case.regions_T, 2)
     case = dataclasses.replace(case, regions_T=on_policy, tokens_T=case.tokens_T.clamp(min=0))
     case.student_TV[3, 5] = math.nan
     case.teacher_TV[4, 6] = math.nan
-    loss, _, _ = run_sharded(case, preset("tropd", gate=gate, outlier=outlier), None)
+    loss, _, _ = run_sharded(case, objective, None)
     assert loss.isnan().nonzero()[:, 0].tolist() == [3, 4]
 
 
@@ -208,7 +327,7 @@ def test_zero_incoming_gradient_is_exactly_zero() -> None:
     case = make_case(30, 32, 32)
     case.teacher_TV[:, 3] = -math.inf
     case = dataclasses.replace(case, grad_T=case.grad_T.where(case.regions_T == 1, 0))
-    for name in ("rkl-exact", "tropd"):
+    for name in ("rkl-exact", "tropd", "tropd-exact"):
         loss, _, gradient = run_sharded(case, preset(name), None)
         assert gradient.isfinite().all() and (gradient[case.grad_T == 0] == 0).all()
         assert not loss.isnan().any()
@@ -217,7 +336,8 @@ def test_zero_incoming_gradient_is_exactly_zero() -> None:
 def test_without_any_region_the_loss_is_a_differentiable_zero() -> None:
     case = make_case(30, 32, 32)
     case = dataclasses.replace(case, regions_T=torch.zeros_like(case.regions_T))
-    for objective in (preset("tropd"), preset("jsd-exact"), preset("rkl-exact"), preset("sft")):
+    for name in ("tropd", "jsd-exact", "rkl-exact", "sft", "tropd-exact", "eopd", "skew-rkl", "jsd"):
+        objective = preset(name)
         loss, report, gradient = run_sharded(case, objective, None)
         assert (loss == 0).all() and (gradient == 0).all()
         assert all((value == 0).all() for value in report.values())
@@ -290,7 +410,9 @@ def large_case() -> Case:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["opd", "tropd", "rkl-exact", "jsd-exact"])
+@pytest.mark.parametrize(
+    "name", ["opd", "tropd", "rkl-exact", "jsd-exact", "tropd-exact", "eopd", "skew-fkl", "skew-rkl"]
+)
 def test_memory_in_place(large_case: Case, name: str, dtype: torch.dtype) -> None:
     student = large_case.student_TV.to(dtype).clone().requires_grad_()
     teacher = large_case.teacher_TV.to(dtype)
@@ -305,7 +427,7 @@ def test_memory_in_place(large_case: Case, name: str, dtype: torch.dtype) -> Non
     assert 0 < forward.kept <= MAX_KEPT * student.numel()
 
 
-@pytest.mark.parametrize(("name", "needed"), [("tropd", False), ("fkl", False), ("rkl-exact", True)])
+@pytest.mark.parametrize(("name", "needed"), [("tropd", False), ("fkl", False), ("eopd", False), ("rkl-exact", True)])
 def test_the_teachers_logits_can_be_freed_after_the_forward(name: str, needed: bool) -> None:
     """Only an exact divergence reads them again in the backward."""
     case = make_case(103, 110, 120)

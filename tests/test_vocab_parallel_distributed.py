@@ -32,6 +32,13 @@ ONE_OF_EACH = [
     preset("opd"),
     preset("rkl-exact"),
     preset("jsd-exact"),
+    preset("tropd-exact"),
+    preset("tropd-aopd", top_k=7),
+    preset("eopd", entropy_tau=1.5),
+    preset("top-d"),
+    preset("mopd"),
+    preset("jsd"),
+    preset("skew-rkl"),
 ]
 
 
@@ -105,7 +112,7 @@ def compare_equal_models(groups: dict[int, dist.ProcessGroup | None]) -> float:
     gradients = [
         run_sharded(on_policy, objective, group)[2].abs().max()
         for objective, group in itertools.product(
-            (preset("tropd"), preset("opd"), preset("rkl-exact")), groups.values()
+            [preset(name) for name in ("tropd", "opd", "rkl-exact", "tropd-exact", "mopd")], groups.values()
         )
     ]
     return float(torch.stack(gradients).max())
@@ -207,6 +214,13 @@ def test_a_shard_without_its_group_is_refused(on_ranks: list[dict[str, Any]]) ->
         ("rkl-exact", 1, 2, 1, 2),
         ("fkl-exact", 1, 2, 1, 2),
         ("jsd-exact", 2, 3, 2, 3),
+        ("tropd-exact", 1, 2, 1, 2),
+        ("tropd-aopd", 2, 3, 2, 3),
+        ("eopd", 2, 3, 2, 3),
+        ("top-d", 1, 1, 1, 2),
+        ("mopd", 2, 3, 2, 3),
+        ("jsd", 2, 3, 2, 3),
+        ("skew-rkl", 2, 3, 2, 3),
     ],
 )
 def test_collectives(
@@ -235,3 +249,7 @@ def test_bytes_sent(on_ranks: list[dict[str, Any]]) -> None:
         assert calls["aligned, padded / tropd"][0] == ("allgather_", 20 * num_tokens)
         assert calls["aligned, padded / tropd"][1][1] <= 12 * 7 * num_on_policy
         assert calls["aligned, padded / jsd-exact"][1] == ("allgather_", 8 * num_tokens)
+        assert calls["aligned, padded / tropd-exact"] == [("allgather_", 36 * num_tokens)]
+        assert calls["aligned, padded / eopd"][0] == ("allgather_", 32 * num_tokens)
+        assert calls["aligned, padded / eopd"][1][1] < 12 * 16 * num_on_policy
+        assert calls["aligned, padded / skew-rkl"][1] == ("allgather_", 8 * num_tokens)

@@ -41,6 +41,25 @@ VARIANTS: list[Objective] = [
     preset("jsd-exact"),
     preset("jsd-exact", beta=0.1, guidance_beta=0.3),
     preset("sft"),
+    preset("aopd", top_k=7),
+    preset("tropd-aopd", top_k=7),
+    preset("tropd-aopd", top_k=7, gate="soft", outlier="mask"),
+    preset("tropd-aopd", top_k=7, gate="soft", outlier="clip"),
+    preset("tropd-exact"),
+    preset("tropd-exact", gate="soft", guidance_loss="forward_kl", beta=0.7),
+    preset("tropd-exact", gate="static", outlier="mask"),
+    preset("top-d"),
+    preset("mopd", top_k=7),
+    preset("mopd"),
+    preset("jsd", top_k=7),
+    preset("jsd", beta=0.1),
+    preset("skew-fkl"),
+    preset("skew-rkl"),
+    preset("skew-rkl", skew=0.6, guidance_beta=0.3),
+    preset("eopd", entropy_tau=1.5),
+    preset("eopd", entropy_tau=1.5, alpha=0.4, top_k=7, renormalize="none", fkl_as="reward"),
+    preset("reopold"),
+    preset("seq-kd"),
 ]
 
 
@@ -164,14 +183,14 @@ def check_report(report: Any, facts: dict[str, torch.Tensor], case: Case, object
         error = (report[name] - facts[name])[some].abs().max() / facts[name][some].abs().max().clamp(min=1e-2)
         assert error < 5e-6, (name, error)
         assert not report[name].requires_grad and (report[name][~some] == 0).all()
-    if objective.on_policy == "sampled":
+    if objective.has_gate:
         on_policy = case.regions_T == 2
         torch.testing.assert_close(report.trust, facts["M"].where(on_policy, 0).float(), atol=2e-6, rtol=0)
         torch.testing.assert_close(report.trust + report.outlier, on_policy.float(), atol=0, rtol=0)
     if objective.needs_top_k:
-        needed = report.outlier != 0
-        kl, mass = facts["kl"].where(needed, 0).float(), facts["mass"].where(needed, 0).float()
-        torch.testing.assert_close(report.outlier_forward_kl, kl, atol=3e-6, rtol=3e-6)
+        needed = (facts["top-k weight"] != 0) & (case.regions_T == 2)
+        found, mass = facts["top-k divergence"].where(needed, 0).float(), facts["mass"].where(needed, 0).float()
+        torch.testing.assert_close(report.top_k_divergence, found, atol=3e-6, rtol=3e-6)
         torch.testing.assert_close(report.teacher_top_k_mass, mass, atol=3e-6, rtol=3e-6)
 
 

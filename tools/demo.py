@@ -19,8 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.metrics import read_metrics
-from megatron_tropd.report import final_values, plot_runs
+from megatron_tropd.report import final_values, plot_runs, read_metrics
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "addition"
 NUM_RANKS = 2

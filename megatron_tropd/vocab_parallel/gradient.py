@@ -56,7 +56,7 @@ def student_gradient(
     once.
     """
     num_valid = len(terms.held)
-    dense_N = _dense_coefficients(terms, log_prob_grads)
+    dense_N = dense_coefficients(terms, log_prob_grads)
     scatters = [_Scatter(ids, grad, terms.held) for ids, grad in zip(terms.read_ids, log_prob_grads, strict=False)]
     _zero_elsewhere(gradient_TV, terms.rows_N, num_valid)
     if num_valid == 0:
@@ -75,7 +75,8 @@ def student_gradient(
         gradient_TV[chunk.rows, :num_valid] = gradient_CV.to(gradient_TV.dtype)
 
 
-def _dense_coefficients(terms: StudentTerms, grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def dense_coefficients(terms: StudentTerms, grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The softmax's coefficient ``[N]``: every log-prob that is read takes its gradient from all of p."""
     dense_N = torch.zeros_like(terms.log_sum_exp_N)
     for ids, grad in zip(terms.read_ids, grads, strict=False):
         dense_N.index_add_(0, ids.rows_R, grad.sum(-1), alpha=-1)

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.loss_report import LossReport
-from megatron_tropd.objectives import Objective, acceptance_probability, token_losses, top_k_forward_kl
-from megatron_tropd.vocab_parallel.gradient import StudentTerms, student_gradient
+from megatron_tropd.objectives import Objective, acceptance_probability, token_losses, top_k_divergence
+from megatron_tropd.vocab_parallel.gradient import StudentTerms
 from megatron_tropd.vocab_parallel.measure import Measurements, Shards, Tokens, measure
+from megatron_tropd.vocab_parallel.passes import student_gradient
 from megatron_tropd.vocab_parallel.validation import check_inputs
 
 
@@ -37,7 +38,8 @@ def distillation_loss(
         student_logits_TV: this rank's contiguous shard of the student's logits at temperature 1, bf16, fp16 or fp32;
             rank r holds the global ids [r * V, (r + 1) * V).
         teacher_logits_TV: the same of the teacher, a constant; its width and dtype may differ from the student's, so
-            the two models' shard boundaries need not line up. None only where the objective needs no teacher (`sft`).
+            the two models' shard boundaries need not line up. None only where the objective needs no teacher (`sft`,
+            `seq-kd`).
         tokens_T: integer id at each position, already shifted; read only where the region is not NONE.
         regions_T: integer `TokenRegion`: 0 none, 1 guidance, 2 on-policy.
         objective: from `megatron_tropd.objectives.preset`.
@@ -55,9 +57,10 @@ def distillation_loss(
     collective in the backward. The caller divides by the global number of terms. Region NONE gives loss and gradient
     exactly 0; without any other token nothing is communicated and the loss is a differentiable zero.
 
-    Communication: one all-gather of ``[N, 4]`` fp32 (one float more where the draw is shared; 8 with full statistics or
-    an exact KL); one more for the top-k candidates (if some token needs them) or for the JSD; one all-to-all of the ids
-    whose two owners differ, where both models are needed at one id and their shard boundaries do not line up.
+    Communication: one all-gather of ``[N, 4]`` fp32 (one float more where the draw is shared; 8 with full
+    statistics, an exact KL or the teacher's entropy); one more for the top-k candidates (if some token needs them) or
+    for an exact divergence from the mixture; one all-to-all of the ids whose two owners differ, where both models are
+    needed at one id and their shard boundaries do not line up.
 
     A token whose exact value is infinite is reported as such (K1 where pi_T(x) = 0 under `opd`); what the gate
     rejects never enters the loss or the gradient.
@@ -89,24 +92,24 @@ def distillation_loss(
     with torch.no_grad():
         shards = Shards(student_logits_TV.detach(), teacher_TV, vocab_size, group)
         found = measure(shards, tokens, objective, full_statistics)
-    loss_N, forward_kl_N = _losses(student_logits_TV, tokens, found, objective, inplace_backward)
+    loss_N, top_k_divergence_N = _losses(student_logits_TV, tokens, found, objective, inplace_backward)
     loss_T = loss_N.new_zeros(tokens_T.shape).index_copy(0, rows_N, loss_N)
-    return loss_T, _report(objective, found, forward_kl_N.detach(), rows_N, tokens_T.shape[0])
+    return loss_T, _report(objective, found, top_k_divergence_N.detach(), rows_N, tokens_T.shape[0])
 
 
 def _losses(
     student_logits_TV: torch.Tensor, tokens: Tokens, found: Measurements, objective: Objective, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective on the measured values, which get their derivative here. Also the truncated forward KL, ``[N]``."""
+    """The objective on the measured values, which get their derivative here. Also the top-k divergence, ``[N]``."""
     student_log_probs_N = found.statistics.student.log_probs_N
     top_k_OK = None if found.top_k is None else found.top_k.student_OK
     student_log_probs_N, top_k_OK, divergence_N = _StudentTerms.apply(
         student_logits_TV, found.terms, inplace, student_log_probs_N, top_k_OK, found.divergence_N
     )
-    forward_kl_N = torch.zeros_like(student_log_probs_N)
+    top_k_divergence_N = torch.zeros_like(student_log_probs_N)
     if found.top_k is not None:
-        kl_O = top_k_forward_kl(objective, top_k_OK, found.top_k.teacher_OK)
-        forward_kl_N = forward_kl_N.index_copy(0, found.top_k.rows_O, kl_O)
+        divergence_O = top_k_divergence(objective, top_k_OK, found.top_k.teacher_OK)
+        top_k_divergence_N = top_k_divergence_N.index_copy(0, found.top_k.rows_O, divergence_O)
     loss_N = token_losses(
         objective,
         regions_N=tokens.regions_N,
@@ -114,10 +117,11 @@ def _losses(
         rewards_N=found.rewards_N,
         trust_N=found.trust_N,
         outlier_N=found.outlier_N,
-        forward_kl_N=forward_kl_N,
+        teacher_entropy_N=None if found.statistics.pair is None else found.statistics.pair.teacher_entropy_N,
+        top_k_divergence_N=top_k_divergence_N,
         divergence_N=divergence_N,
     )
-    return loss_N, forward_kl_N
+    return loss_N, top_k_divergence_N
 
 
 class _StudentTerms(torch.autograd.Function):
@@ -160,7 +164,7 @@ class _StudentTerms(torch.autograd.Function):
 def _report(
     objective: Objective,
     found: Measurements,
-    forward_kl_N: torch.Tensor,
+    top_k_divergence_N: torch.Tensor,
     rows_N: torch.Tensor,
     num_tokens: int,
 ) -> LossReport:
@@ -176,7 +180,7 @@ def _report(
             "reward": found.rewards_N,
             "p_trust": acceptance_probability(found.rewards_N),
             "teacher_top_k_mass": mass_N,
-            "outlier_forward_kl": forward_kl_N,
+            "top_k_divergence": top_k_divergence_N,
         }
     if pair is not None:
         named |= {"student_entropy": pair.student_entropy_N, "teacher_entropy": pair.teacher_entropy_N}

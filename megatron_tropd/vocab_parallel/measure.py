@@ -11,19 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.objectives import Objective, trust_weights
+from megatron_tropd.objectives import ExactDivergence, Objective, exact_kl_weights, top_k_weights, trust_weights
 from megatron_tropd.types import TokenRegion
-from megatron_tropd.vocab_parallel.divergences import Divergence, jsd_statistics
+from megatron_tropd.vocab_parallel.divergences import Divergence
 from megatron_tropd.vocab_parallel.gradient import RowIds, StudentTerms
+from megatron_tropd.vocab_parallel.passes import jsd_statistics, pair_statistics, shard_statistics, skew_statistics
 from megatron_tropd.vocab_parallel.shards import TeacherColumns, align_teacher, gather, group_rank, shard_ids
-from megatron_tropd.vocab_parallel.statistics import (
-    ModelStatistics,
-    PairStatistics,
-    merge_model,
-    merge_pair,
-    pair_statistics,
-    shard_statistics,
-)
+from megatron_tropd.vocab_parallel.statistics import ModelStatistics, PairStatistics, merge_model, merge_pair
 from megatron_tropd.vocab_parallel.top_k import global_top_k
 
 
@@ -105,15 +99,22 @@ class Measurements:
 def measure(shards: Shards, tokens: Tokens, objective: Objective, full_statistics: bool) -> Measurements:
     """Local statistics, the one packed collective, the gate, then what only some tokens or objectives need."""
     exact = objective.exact_divergence
-    want_pair = full_statistics or exact in ("reverse_kl", "forward_kl")
+    want_pair = full_statistics or objective.needs_pair
     teacher = shards.aligned_teacher(tokens.rows_N) if want_pair or exact is not None else None
     statistics = gather_statistics(shards, tokens, objective, teacher if want_pair else None)
     rewards_N = statistics.rewards()
     trust_N, outlier_N = _trust(objective, tokens, statistics, rewards_N)
-    top_k = _top_k(shards, tokens, objective, statistics, outlier_N, teacher) if objective.needs_top_k else None
+    top_k = None
+    if objective.needs_top_k and rewards_N is not None:
+        entropy_N = None if statistics.pair is None else statistics.pair.teacher_entropy_N
+        weights_N = top_k_weights(objective, rewards_N, trust_N, outlier_N, entropy_N)
+        top_k = _top_k(shards, tokens, objective, statistics, weights_N, teacher)
     divergence_N, divergence = None, None
-    if exact is not None and teacher is not None:
-        divergence_N, divergence = _exact_divergence(shards, tokens, objective, statistics, teacher)
+    if exact == "gated_kl" and teacher is not None:
+        weights = exact_kl_weights(objective, tokens.regions_N, trust_N, outlier_N)
+        divergence_N, divergence = _gated_kl(statistics, teacher, weights)
+    elif exact is not None and teacher is not None:
+        divergence_N, divergence = _exact_divergence(shards, tokens, exact, objective, statistics, teacher)
     terms = StudentTerms(
         rows_N=tokens.rows_N,
         log_sum_exp_N=statistics.student.log_sum_exp_N,
@@ -167,11 +168,11 @@ def _top_k(
     tokens: Tokens,
     objective: Objective,
     statistics: Statistics,
-    outlier_N: torch.Tensor,
+    weights_N: torch.Tensor,
     teacher: TeacherColumns | None,
 ) -> TopKLogProbs | None:
-    """The top-k of the tokens with outlier weight. All ranks see the same weights, so all take part or none does."""
-    rows_O = outlier_N.nonzero()[:, 0]
+    """The top-k of the tokens with a weight. All ranks see the same weights, so all take part or none does."""
+    rows_O = weights_N.nonzero()[:, 0]
     if not rows_O.numel() or statistics.teacher is None:
         return None
     rows = tokens.rows_N[rows_O]
@@ -187,21 +188,48 @@ def _top_k(
 
 
 def _exact_divergence(
-    shards: Shards, tokens: Tokens, objective: Objective, statistics: Statistics, teacher: TeacherColumns
+    shards: Shards,
+    tokens: Tokens,
+    kind: ExactDivergence,
+    objective: Objective,
+    statistics: Statistics,
+    teacher: TeacherColumns,
 ) -> tuple[torch.Tensor, Divergence]:
-    """The divergence of each token, and what its gradient needs. One collective for the JSD, none for the KLs."""
-    kind, beta = objective.exact_divergence, objective.jsd_beta
-    assert kind is not None and statistics.teacher is not None
+    """The divergence of each token, and what its gradient needs. One collective with a mixture, none for the KLs."""
+    beta = objective.mixture_weight
+    assert statistics.teacher is not None
     normalizers = statistics.student.log_sum_exp_N, statistics.teacher.log_sum_exp_N
+    if kind == "forward_kl" or kind == "reverse_kl":
+        assert statistics.pair is not None
+        student_kl_N = statistics.pair.reverse_kl_N
+        value_N = statistics.pair.forward_kl_N if kind == "forward_kl" else student_kl_N
+        return value_N, Divergence(kind, beta, teacher, normalizers[1], student_kl_N)
     if kind == "jsd":
         shares_N2 = jsd_statistics(shards.student_TV, teacher, tokens.rows_N, *normalizers, beta)
         student_kl_N, teacher_kl_N = gather(shares_N2, shards.group).double().sum(0).float().unbind(-1)
         value_N = beta * teacher_kl_N + (1 - beta) * student_kl_N
-    else:
-        assert statistics.pair is not None
-        student_kl_N = statistics.pair.reverse_kl_N
-        value_N = statistics.pair.forward_kl_N if kind == "forward_kl" else student_kl_N
-    return value_N, Divergence(kind, beta, teacher, normalizers[1], student_kl_N)
+        return value_N, Divergence(kind, beta, teacher, normalizers[1], student_kl_N)
+    shares_N2 = skew_statistics(shards.student_TV, teacher, tokens.rows_N, *normalizers, beta, kind)
+    kl_N, overlap_N = gather(shares_N2, shards.group).double().sum(0).float().unbind(-1)
+    return kl_N, Divergence(kind, beta, teacher, normalizers[1], kl_N, overlap_N)
+
+
+def _gated_kl(
+    statistics: Statistics, teacher: TeacherColumns, weights: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, Divergence]:
+    """w KL(S||T) + v KL(T||S) from the packed statistics: no collective. What has weight 0 may be infinite."""
+    assert statistics.teacher is not None and statistics.pair is not None
+    reverse_kl_N, forward_kl_N = statistics.pair.reverse_kl_N, statistics.pair.forward_kl_N
+    reverse_N, forward_N = weights
+    value_N = reverse_N * reverse_kl_N.where(reverse_N != 0, 0) + forward_N * forward_kl_N.where(forward_N != 0, 0)
+    return value_N, Divergence(
+        kind="gated_kl",
+        beta=1.0,
+        teacher=teacher,
+        teacher_log_sum_exp_N=statistics.teacher.log_sum_exp_N,
+        student_kl_N=reverse_kl_N,
+        gate_weights_N=weights,
+    )
 
 
 def _read_ids(tokens: Tokens, top_k: TopKLogProbs | None) -> tuple[RowIds, ...]:

@@ -35,7 +35,8 @@ def check_inputs(
     if teacher_logits_TV is not None:
         _check_logits("teacher_logits_TV", teacher_logits_TV, tokens_T, vocab_size, size)
     elif objective.needs_teacher:
-        raise ValueError(f"objective {objective.name!r} needs teacher_logits_TV; only 'sft' runs without a teacher")
+        name = objective.name
+        raise ValueError(f"objective {name!r} needs teacher_logits_TV; only 'sft' and 'seq-kd' run without one")
     elif full_statistics:
         raise ValueError("full_statistics compares the two models: give teacher_logits_TV, or leave it off")
     _check_integers("tokens_T", tokens_T, tokens_T)

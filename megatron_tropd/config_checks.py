@@ -1,0 +1,191 @@
+"""Whether a configuration can run: every check across fields, before anything starts. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import is_dataclass
+
+from megatron_tropd.config import OBJECTIVES, Config, ConfigError, ModelConfig, resolved_schedule
+
+
+def validate(config: Config, world_size: int, command: str) -> None:
+    """Every check across fields that needs no file and no process group. Raises ConfigError.
+
+    ``command`` is train, sft, generate or evaluate; ``world_size`` the number of processes.
+    """
+    _check_numbers(config)
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found tensor {tp} and pipeline {pp}")
+    _require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be split into tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
+        f"{pp} = {tp * pp}: start a multiple of {tp * pp} processes (torchrun --nproc-per-node)",
+    )
+    _check_model("student", config.student, tp, pp)
+    if config.teacher is not None:
+        _check_model("teacher", config.teacher, tp, pp)
+    _require(
+        config.teacher is not None or command not in ("train", "generate"),
+        f"`{command}` needs a teacher: add a teacher section with its architecture and load",
+    )
+    _check_rollout(config)
+    if command in ("train", "sft"):
+        _check_training(config, world_size // (tp * pp), command)
+    if command in ("train", "generate"):
+        _check_guidance(config, command)
+    if command == "evaluate":
+        _require(
+            config.data.validation is not None, "`evaluate` needs data.validation, a JSONL of prompts with answers"
+        )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+_LOWEST = {
+    "parallel.distributed_timeout_minutes": 1,
+    "optimizer.lr": 0,
+    "optimizer.min_lr": 0,
+    "optimizer.lr_warmup_iters": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_grad": 0,
+    "training.eval_interval": 0,
+    "training.eval_samples": 1,
+    "training.save_interval": 0,
+    "training.keep_checkpoints": 0,
+    "training.log_rollouts": 0,
+}
+
+
+def _check_numbers(config: Config) -> None:
+    """What a single number may be, wherever nothing else has to be known."""
+    for section_name, section in vars(config).items():
+        for name, value in vars(section).items() if is_dataclass(section) else ():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(finite, f"{section_name}.{name} must be a finite number, found {value}")
+            lowest = _LOWEST.get(f"{section_name}.{name}")
+            _require(
+                lowest is None or value >= lowest, f"{section_name}.{name} must be at least {lowest}, found {value}"
+            )
+    optimizer = config.optimizer
+    _require(
+        optimizer.min_lr <= optimizer.lr,
+        f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}: lower it",
+    )
+    for name in ("adam_beta1", "adam_beta2"):
+        beta = getattr(optimizer, name)
+        _require(0 <= beta < 1, f"optimizer.{name} must be in [0, 1), found {beta}")
+
+
+def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
+    groups = model.num_attention_heads if model.num_query_groups is None else model.num_query_groups
+    sizes = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": groups,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "kv_channels": model.kv_channels,
+        "vocab_size": model.vocab_size,
+    }
+    for field_name, value in sizes.items():
+        _require(value is None or value >= 1, f"{name}.{field_name} must be at least 1, found {value}")
+    shared = {"ffn_hidden_size": model.ffn_hidden_size, "num_attention_heads": model.num_attention_heads}
+    for field_name, size in {**shared, "num_query_groups": groups}.items():
+        _require(
+            size % tp == 0,
+            f"{name}.{field_name} {size} is not divisible by tensor_model_parallel_size {tp}: "
+            f"use a tensor parallel size that divides it",
+        )
+    _require(
+        model.num_attention_heads % groups == 0,
+        f"{name}.num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups {groups}",
+    )
+    _require(
+        model.kv_channels is not None or model.hidden_size % model.num_attention_heads == 0,
+        f"{name}.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
+        f"{model.num_attention_heads}: set {name}.kv_channels",
+    )
+    _check_pipeline(name, model, pp)
+
+
+def _check_pipeline(name: str, model: ModelConfig, pp: int) -> None:
+    uneven = {
+        "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage,
+    }
+    given = {field_name: value for field_name, value in uneven.items() if value is not None}
+    _require(pp > 1 or not given, f"{name}.{next(iter(given), '')} needs pipeline_model_parallel_size > 1")
+    _require(all(value >= 1 for value in given.values()), f"{name}: a pipeline stage needs at least one layer: {given}")
+    layers, stages = model.num_layers - sum(given.values()), pp - len(given)
+    _require(
+        layers >= stages and (layers == 0 if stages == 0 else layers % stages == 0),
+        f"{name}.num_layers {model.num_layers} cannot be split over pipeline_model_parallel_size {pp}"
+        + (f" with {given}" if given else "")
+        + f": the remaining {layers} layers do not divide over {stages} stages; change num_layers or the uneven split "
+        "(num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage)",
+    )
+
+
+def _check_rollout(config: Config) -> None:
+    rollout = config.rollout
+    _require(rollout.temperature >= 0, f"rollout.temperature must be >= 0, found {rollout.temperature}")
+    _require(0 < rollout.top_p <= 1, f"rollout.top_p must be in (0, 1], found {rollout.top_p}")
+    for name in ("samples_per_prompt", "max_response_length", "max_batch_size"):
+        _require(getattr(rollout, name) >= 1, f"rollout.{name} must be at least 1, found {getattr(rollout, name)}")
+    _require(config.data.max_prompt_length >= 1, "data.max_prompt_length must be at least 1")
+
+
+def _check_training(config: Config, dp: int, command: str) -> None:
+    training = config.training
+    samples = config.rollout.samples_per_prompt if command == "train" else 1
+    _require(training.train_iters >= 1, f"training.train_iters must be at least 1, found {training.train_iters}")
+    _require(training.micro_batch_size >= 1, "training.micro_batch_size must be at least 1")
+    rows = training.micro_batch_size * dp
+    unit = math.lcm(rows, samples)
+    size = training.global_batch_size
+    _require(size >= 1, f"training.global_batch_size must be at least 1, found {size}")
+    below, above = size // unit * unit, (size // unit + 1) * unit
+    _require(
+        size % unit == 0,
+        f"training.global_batch_size {size} must be a multiple of micro_batch_size {training.micro_batch_size} x "
+        f"data-parallel size {dp}"
+        + (f" and of rollout.samples_per_prompt {samples}" if samples > 1 else "")
+        + f": try {f'{below} or ' if below else ''}{above}",
+    )
+    if command == "train":
+        _require(config.objective in OBJECTIVES, _unknown_objective(config.objective))
+
+
+def _unknown_objective(name: str) -> str:
+    near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.0)[0]
+    return f"unknown objective {name!r}: did you mean {near!r}? Valid: {', '.join(OBJECTIVES)}"
+
+
+def _check_guidance(config: Config, command: str) -> None:
+    guidance, budget = config.guidance, config.rollout.max_response_length
+    if command == "generate":
+        _require(guidance.answers is not None, "`generate` needs guidance.answers, the file to write")
+        return
+    _require(
+        guidance.answers is not None or resolved_schedule(config) == "none",
+        f"guidance.schedule {resolved_schedule(config)} needs teacher answers: set guidance.answers (written by "
+        "`python -m megatron_tropd generate`), or guidance.schedule=none",
+    )
+    _require(
+        config.objective != "seq-kd" or resolved_schedule(config) != "none",
+        "objective seq-kd learns from teacher answers alone, and guidance.schedule=none leaves none: use "
+        "guidance.schedule=constant",
+    )
+    longest = guidance.max_prefix_length
+    _require(
+        longest is None or 0 <= longest <= budget,
+        f"guidance.max_prefix_length {longest} must be between 0 and rollout.max_response_length {budget}",
+    )
+    _require(0 <= guidance.fraction <= 1, f"guidance.fraction must be in [0, 1], found {guidance.fraction}")
+    _require(guidance.min_on_policy_tokens >= 0, "guidance.min_on_policy_tokens must be >= 0")
