@@ -17,17 +17,10 @@ CMD ["python", "-m", "megatron_tropd", "--help"]
 FROM ${BASE} AS gpu
 WORKDIR /opt/megatron-tropd
 COPY . .
-# PIP_CONSTRAINT: NGC images pin their own packages through it. --no-deps: nothing may replace the image's torch; what
-# the image lacks is named instead. Megatron-Core is installed only where the image has none.
-RUN python -m venv --system-site-packages /opt/venv \
- && export PIP_CONSTRAINT= \
- && (/opt/venv/bin/python -c "import megatron.core" \
-     || /opt/venv/bin/pip install --no-cache-dir --no-deps "$(grep '^megatron-core==' constraints.txt)") \
- && /opt/venv/bin/pip install --no-cache-dir --no-deps \
-      jsonargparse docstring-parser typeshed-client importlib-resources psutil rich markdown-it-py mdurl pygments \
-      sentencepiece tensorboard tqdm \
- && /opt/venv/bin/pip install --no-cache-dir --no-deps .
-ENV PATH=/opt/venv/bin:$PATH
+# The new venv sees what the image has (NeMo's own venv included), and pip is held to the image's versions of torch,
+# triton, numpy, Transformer Engine and Megatron-Core; the last is installed only where the image has none.
+RUN make setup
+ENV PATH=/opt/megatron-tropd/.venv/bin:$PATH
 # Fails the build where a heavy library does not import, and says what is in the image.
 RUN python -c "import torch, megatron.core, megatron_tropd; \
 print('torch', torch.__version__, 'core', megatron.core.__version__, 'tropd', megatron_tropd.__version__)" \

@@ -30,6 +30,15 @@ def test_a_shim_that_does_not_run_and_an_old_python_are_passed_over(tmp_path: Pa
     assert "using" in found.stderr and "on the PATH" in found.stderr
 
 
+def test_a_python_that_has_torch_is_preferred(tmp_path: Path) -> None:
+    bare = f'case "$2" in *find_spec*) exit 1;; esac; exec {sys.executable} "$@"'
+    with_torch = f'case "$2" in *executable*) echo /container/python;; *) exec {sys.executable} "$@";; esac'
+    found = find(tmp_path, **{"python3.12": bare, "python3": with_torch})
+    assert found.stdout.strip() == "/container/python" and "has PyTorch" in found.stderr
+    (tmp_path / "bin" / "python3").unlink()
+    assert "on the PATH)" in find(tmp_path, **{"python3.12": bare}).stderr
+
+
 def test_a_pyenv_version_is_taken_when_the_path_has_none(tmp_path: Path) -> None:
     version = tmp_path / "pyenv" / "versions" / "3.12.1" / "bin"
     version.mkdir(parents=True)

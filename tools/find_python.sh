@@ -1,6 +1,7 @@
 #!/bin/sh
 # Print the path of a Python >= 3.12 that really runs; say on standard error which it is.
-# Order: python3.12 and newer on the PATH, pyenv's versions, one that uv manages. 3.12 comes first: it is what is tested.
+# Order: one on the PATH that has PyTorch (a container's), python3.12 and newer on the PATH, pyenv's versions, one that
+# uv manages. 3.12 comes first: it is what is tested.
 set -u
 
 runs() {
@@ -14,7 +15,16 @@ take() {
     exit 0
 }
 
-for name in python3.12 python3 python3.13 python3.14 python; do
+has_torch() {
+    "$1" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' >/dev/null 2>&1
+}
+
+on_path="python3.12 python3 python3.13 python3.14 python"
+for name in $on_path; do
+    runs "$name" && has_torch "$name" && take "$name" "on the PATH, has PyTorch"
+done
+
+for name in $on_path; do
     # A pyenv shim for a version that is not selected is found but does not run.
     runs "$name" && take "$name" "on the PATH"
 done
