@@ -55,14 +55,17 @@ def main() -> None:
 
 def summarize(objective: str, folder: Path, output: Path, *, seconds: float) -> dict[str, Any]:
     """What the demo found, from the logs of its runs; ``seconds`` is the wall time of this invocation."""
-    lines = [line for line in read_metrics(output / "metrics.jsonl") if "accuracy" in line]
-    before, after = lines[0], lines[-1]
+    lines = read_metrics(output / "metrics.jsonl")
+    evaluations = [line for line in lines if "accuracy" in line]
+    before, after = evaluations[0], evaluations[-1]
+    grad_norms = [line["grad_norm"] for line in lines if "grad_norm" in line][-100:]
     return {
         "objective": objective,
         "teacher_accuracy": final_values(folder / "teacher")["accuracy"],
         "student_accuracy_before": before["accuracy"],
         "student_accuracy_after": after["accuracy"],
         "student_accuracy_after_interval": [after["accuracy_low"], after["accuracy_high"]],
+        "grad_norm_last_100_steps": sum(grad_norms) / len(grad_norms),
         "num_prompts": after["num_prompts"],
         "steps": after["step"],
         "seconds": round(seconds, 1),
@@ -101,12 +104,14 @@ def _print_table(summaries: list[dict[str, Any]], output: Path) -> None:
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("95 % interval", justify="right")
-    table.add_row("teacher", f"{newest['teacher_accuracy']:.1%}", "")
-    table.add_row("student before", f"{newest['student_accuracy_before']:.1%}", "")
+    table.add_column("gradient norm, last 100 steps", justify="right")
+    table.add_row("teacher", f"{newest['teacher_accuracy']:.1%}", "", "")
+    table.add_row("student before", f"{newest['student_accuracy_before']:.1%}", "", "")
     for summary in summaries:
         low, high = summary["student_accuracy_after_interval"]
         name = f"student after {summary['steps']} steps of {summary['objective']}"
-        table.add_row(name, f"{summary['student_accuracy_after']:.1%}", f"{low:.1%} to {high:.1%}")
+        interval, norm = f"{low:.1%} to {high:.1%}", f"{summary['grad_norm_last_100_steps']:.2f}"
+        table.add_row(name, f"{summary['student_accuracy_after']:.1%}", interval, norm)
     console = Console()
     console.print()
     console.print(table)
