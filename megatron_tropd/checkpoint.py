@@ -140,7 +140,8 @@ def resolve(path: Path) -> Path:
         if newest := latest_checkpoint(folder):
             return newest
     raise CheckpointError(
-        f"no checkpoint at {path}: expected a step_N folder with {DESCRIPTION}, or a folder with a '{LATEST}' file"
+        f"no checkpoint at {path}: expected a step_N folder with {DESCRIPTION}, a folder with a '{LATEST}' file, or, "
+        "to take weights from, a Hugging Face folder with config.json"
     )
 
 

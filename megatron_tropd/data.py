@@ -140,10 +140,12 @@ class HuggingFaceTokenizer:
                 "give the folder of a Hugging Face tokenizer"
             )
         self.fingerprint = fingerprint
+        # Of tokenizer.json the generic class takes everything; AutoTokenizer would rebuild some families' normalisation
+        # and splitting from its own idea of them.
+        is_complete = (Path(folder) / "tokenizer.json").is_file()
+        cls = transformers.PreTrainedTokenizerFast if is_complete else transformers.AutoTokenizer
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
+            self._tokenizer = cls.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"tokenizer.model {folder}: transformers cannot read its tokenizer ({error})") from error
         if self._tokenizer.eos_token_id is None:

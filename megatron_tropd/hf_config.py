@@ -14,7 +14,7 @@ from typing import Any
 from megatron_tropd.config import ModelConfig, architecture
 
 CONFIG = "config.json"
-_LLAMA3_SCALING = {"original_max_position_embeddings": 8192, "low_freq_factor": 1, "high_freq_factor": 4}
+_LLAMA3_SCALING = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """What Megatron's Llama-3 RoPE scaling fixes; the factor alone is free."""
 _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish", None),
@@ -203,7 +203,7 @@ def _write_rope(values: dict[str, Any], config: ModelConfig) -> None:
     scaling: dict[str, Any] | None = None
     if config.rope_scaling_factor is not None:
         scaling = {"rope_type": "llama3", "factor": config.rope_scaling_factor, **_LLAMA3_SCALING}
-    theta = config.rotary_base
+    theta = float(config.rotary_base)
     if "rope_parameters" in values:
         values["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
         for stale in ("rope_theta", "rope_scaling"):

@@ -121,7 +121,10 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     try:
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it; save_file makes its files private
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:

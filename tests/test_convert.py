@@ -1,0 +1,218 @@
+"""Tokenizers of Hugging Face folders, the conversion tool, and folders as `student.load`, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_tropd.data import HuggingFaceTokenizer, build_tokenizer, huggingface_fingerprint
+from tests.ranks import run_ranks
+
+pytest.importorskip("transformers")
+from tests import hf_models
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 model whose embedding has three rows more than the tokenizer has ids."""
+    path = tmp_path_factory.mktemp("huggingface") / "model"
+    hf_models.save_model(path, "qwen2", dtype=torch.bfloat16)
+    hf_models.save_tokenizer(path, num_ids=hf_models.VOCAB_SIZE - 3)
+    return path
+
+
+def _start(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+
+def _convert(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return _start("tools/convert_checkpoint.py", *arguments)
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def test_a_tokenizer_folder_gives_ids_text_and_special_tokens(folder: Path) -> None:
+    tokenizer = build_tokenizer("huggingface", "", str(folder))
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (42, 1, 0)
+    assert tokenizer.encode("0A<eos>") == [2, 19, 1]
+    assert tokenizer.decode([2, 19, 1, 0]).replace(" ", "") == "0A"
+    with pytest.raises(ValueError, match=r"id 42 is not in \[0, 42\)"):
+        tokenizer.decode([42])
+
+
+def test_the_fingerprint_is_of_what_decides_ids(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "chat"))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    assert huggingface_fingerprint(copy) == huggingface_fingerprint(folder) == HuggingFaceTokenizer(copy).fingerprint
+    hf_models.save_tokenizer(copy, num_ids=40)
+    assert huggingface_fingerprint(copy) != huggingface_fingerprint(folder)
+    (copy / "tokenizer.json").write_text("[")
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        huggingface_fingerprint(copy)
+    (copy / "tokenizer.json").unlink()
+    assert huggingface_fingerprint(copy) is None
+    (copy / "tokenizer.model").write_bytes(b"a")
+    assert huggingface_fingerprint(copy) is not None
+
+
+def test_tokenizer_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="kind=huggingface needs tokenizer.model, a folder"):
+        build_tokenizer("huggingface", "", None)
+    with pytest.raises(ValueError, match="is not a folder with tokenizer.json"):
+        HuggingFaceTokenizer(tmp_path / "absent")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    with pytest.raises(ValueError, match="has no end token"):
+        HuggingFaceTokenizer(copy)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install megatron-tropd\[hf\]"):
+        HuggingFaceTokenizer(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- tool
+
+
+@pytest.fixture(scope="module")
+def converted(folder: Path) -> Path:
+    out = folder.parent / "megatron"
+    finished = _convert("hf-to-megatron", "--hf", folder, "--out", out, "--tp", 2)
+    assert finished.returncode == 0, finished.stderr
+    tensors = hf_models.tensors_of(folder).values()
+    size = sum(tensor.nbytes for tensor in tensors) / 1e6
+    assert f"{len(tensors)} tensors, {size:,.1f} MB of bfloat16" in finished.stdout
+    return out
+
+
+def test_the_tool_converts_both_ways_in_any_layout(folder: Path, converted: Path, tmp_path: Path) -> None:
+    finished = _convert(
+        "megatron-to-hf", "--megatron", converted, "--hf", folder, "--out", tmp_path / "back", "--pp", 2
+    )
+    assert finished.returncode == 0, finished.stderr
+    ours, theirs = hf_models.tensors_of(tmp_path / "back"), hf_models.tensors_of(folder)
+    assert set(ours) == set(theirs)
+    assert all(ours[name].dtype == torch.bfloat16 and torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def _check_loading(folder: str, converted: str) -> None:
+    """A converted checkpoint, in a config that leaves defaults out and pads otherwise, holds the folder's weights."""
+    from megatron_tropd.checkpoint import load_weights
+    from megatron_tropd.config import ConfigError, ModelConfig
+    from megatron_tropd.data import CharacterTokenizer
+    from megatron_tropd.hf_mapping import mappings
+    from megatron_tropd.huggingface import load_huggingface
+    from megatron_tropd.models import build_model
+    from megatron_tropd.run import _check_tokenizer
+    from tests import tiny
+
+    layout = tiny.start(tp=1, pp=1)
+    config = ModelConfig(
+        num_layers=4,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=48,
+        layernorm_epsilon=1e-6,
+        add_qkv_bias=True,
+        make_vocab_size_divisible_by=1,
+    )
+    sizes = {"vocab_size": hf_models.VOCAB_SIZE, "max_sequence_length": 8, "dtype": torch.float32, "seed": 1}
+    first, second = build_model(config, layout, **sizes), build_model(config, layout, **sizes)
+    load_huggingface(Path(folder), first, layout, config, vocab_size=hf_models.VOCAB_SIZE)
+    fingerprint = huggingface_fingerprint(folder)
+    assert fingerprint is not None
+    load_weights(Path(converted), second, config, vocab_size=hf_models.VOCAB_SIZE, tokenizer=fingerprint)
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+    on_disk = {getattr(tensor, "key", "") for tensor in first.sharded_state_dict().values()}
+    ours = {re.sub(r"layers\.\d+", "layers", mapping.megatron) for mapping in mappings(config)}
+    assert ours - on_disk == {"output_layer.weight"}, (
+        "the table's names are those of a checkpoint; tied: no output layer"
+    )
+
+    for characters, rows, message in (("ab", 45, "another tokenizer"), ("abcd", 5, "6 ids, the model .* only 5 rows")):
+        with pytest.raises(ConfigError, match=message):
+            _check_tokenizer(SimpleNamespace(tokenizer=CharacterTokenizer(characters)), Path(folder), rows)
+
+
+def test_a_converted_checkpoint_loads_like_the_folder(folder: Path, converted: Path) -> None:
+    run_ranks(1, _check_loading, str(folder), str(converted))
+
+
+def test_the_tool_refuses_before_it_writes(folder: Path, converted: Path, tmp_path: Path) -> None:
+    help_text = _convert("--help").stdout
+    assert "hf-to-megatron" in help_text and "megatron-to-hf" in help_text
+    finished = _convert("hf-to-megatron", "--hf", folder, "--out", converted, "--tp", 2)
+    assert (finished.returncode, finished.stderr) == (
+        2,
+        f"error: the output folder {converted} exists: remove it or give another\n",
+    )
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    hf_models.save_tokenizer(copy, num_ids=hf_models.VOCAB_SIZE + 1)
+    finished = _convert("hf-to-megatron", "--hf", copy, "--out", tmp_path / "out")
+    assert finished.returncode == 2
+    assert "the tokenizer has 46 ids, the embedding only 45 rows" in finished.stderr
+    hf_models.edit_config(copy, model_type="gemma")
+    finished = _convert("hf-to-megatron", "--hf", copy, "--out", tmp_path / "out", "--pp", 2)
+    assert finished.returncode == 2 and finished.stderr.startswith("error: config.json: model_type 'gemma'")
+    assert not list(tmp_path.glob("out*"))
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def _config(tmp_path: Path, folder: Path, **student: Any) -> Path:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text, "answer": "1"}) + "\n" for text in ("0A", "12", "ABC")))
+    model = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 48,
+        "layernorm_epsilon": 1e-6,
+        "add_qkv_bias": True,
+        "vocab_size": hf_models.VOCAB_SIZE,
+        "load": str(folder),
+    }
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "student": {**model, **student},
+        "tokenizer": {"kind": "huggingface", "model": str(folder)},
+        "data": {"train": str(prompts), "validation": str(prompts), "max_prompt_length": 4},
+        "rollout": {"max_response_length": 4},
+        "training": {"precision": "fp32"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_run_starts_from_a_folder_and_names_what_differs(folder: Path, tmp_path: Path) -> None:
+    finished = _start("-m", "megatron_tropd", "evaluate", _config(tmp_path, folder))
+    assert finished.returncode == 0, finished.stderr
+    finished = _start(
+        "-m", "megatron_tropd", "evaluate", _config(tmp_path, folder, ffn_hidden_size=64, vocab_size=None)
+    )
+    assert finished.returncode == 2
+    assert (
+        "ffn_hidden_size: the folder has 48, this run 64; vocab_size: the folder has 45, this run 42" in finished.stderr
+    )

@@ -1,0 +1,167 @@
+"""Convert between Hugging Face folders and the Megatron checkpoints of this package, both ways, on GPUs or the CPU.
+
+    python tools/convert_checkpoint.py hf-to-megatron --hf DIR --out DIR [--tp N --pp N]
+    python tools/convert_checkpoint.py megatron-to-hf --megatron DIR --out DIR --hf DIR [--tp N --pp N]
+
+The ranks that share the work are started by the script itself (tp x pp of them; each holds its part of the model). A
+Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str]) -> int:
+    """Convert; returns the exit status (2 for what a user has to correct)."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    try:
+        if "RANK" in os.environ or options.tp * options.pp == 1:
+            options.convert(options)
+            return 0
+        # What needs no rank is refused before any starts.
+        _check(options)
+    except ValueError as error:
+        if not type(error).__module__.startswith("megatron_tropd") and type(error) is not ValueError:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc-per-node={options.tp * options.pp}", __file__, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def hf_to_megatron(options: argparse.Namespace) -> None:
+    """Read a Hugging Face folder and write a checkpoint that ``student.load`` and ``teacher.load`` accept."""
+    from megatron_tropd.checkpoint import Description, save_weights
+    from megatron_tropd.config import architecture
+    from megatron_tropd.data import HuggingFaceTokenizer
+    from megatron_tropd.hf_config import HuggingFaceError, model_config, read_config
+    from megatron_tropd.hf_files import TensorFiles
+
+    started = time.perf_counter()
+    config = model_config(read_config(options.hf))
+    dtype = TensorFiles(options.hf).dtype()
+    tokenizer = HuggingFaceTokenizer(options.hf)
+    assert config.vocab_size is not None  # model_config gives every size
+    if tokenizer.vocab_size > config.vocab_size:
+        raise HuggingFaceError(
+            f"{options.hf}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only {config.vocab_size} rows: "
+            "the tokenizer is of another model"
+        )
+    description = Description(0, 0, config.vocab_size, tokenizer.fingerprint, architecture(config))
+
+    def convert(model: Any, layout: Any) -> Any:
+        from megatron_tropd.huggingface import load_huggingface
+
+        transfer = load_huggingface(options.hf, model, layout, config, vocab_size=description.vocab_size, progress=True)
+        save_weights(options.out, model, layout, description)
+        return transfer
+
+    _on_ranks(options, config, description.vocab_size, dtype, convert, started)
+
+
+def megatron_to_hf(options: argparse.Namespace) -> None:
+    """Read a checkpoint of a run, or a converted one, and write a folder that ``transformers`` loads."""
+    from megatron_tropd.checkpoint import load_weights, read_description, resolve, weights_dtype
+    from megatron_tropd.config import ModelConfig
+
+    started = time.perf_counter()
+    path = resolve(options.megatron)
+    description = read_description(path)
+    config = ModelConfig(**description.architecture)
+
+    def convert(model: Any, layout: Any) -> Any:
+        from megatron_tropd.huggingface import export_huggingface
+
+        sizes = {"vocab_size": description.vocab_size}
+        load_weights(path, model, config, **sizes, tokenizer=description.tokenizer)
+        return export_huggingface(model, layout, config, options.out, options.hf, **sizes, progress=True)
+
+    _on_ranks(options, config, description.vocab_size, weights_dtype(path), convert, started)
+
+
+def _on_ranks(
+    options: argparse.Namespace,
+    config: Any,
+    vocab_size: int,
+    dtype: Any,
+    convert: Callable[[Any, Any], Any],
+    started: float,
+) -> None:
+    """Start the process groups, build the model without weights, convert, and report."""
+    from megatron_tropd import distributed
+    from megatron_tropd.config import Config, DataConfig, ParallelConfig
+    from megatron_tropd.config_checks import validate
+    from megatron_tropd.models import build_model
+
+    _check(options)
+    parallel = ParallelConfig(options.tp, options.pp)
+    # The checks of a model against a layout are those of a run that only reads it.
+    data = DataConfig(train="", validation="")
+    validate(Config(student=config, data=data, output_dir="", parallel=parallel), distributed.world_size(), "evaluate")
+    layout = distributed.initialize(
+        tensor_model_parallel_size=options.tp,
+        pipeline_model_parallel_size=options.pp,
+        seed=0,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    try:
+        model = build_model(config, layout, vocab_size=vocab_size, max_sequence_length=1, dtype=dtype, seed=None)
+        transfer = convert(model, layout)
+        if layout.is_main:
+            seconds = time.perf_counter() - started
+            print(
+                f"{transfer.num_tensors} tensors, {transfer.num_bytes / 1e6:,.1f} MB of {str(dtype)[6:]} in "
+                f"{seconds:.1f} s, none left over: {options.out}"
+            )
+    finally:
+        distributed.finish(layout)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from megatron_tropd.hf_config import model_config, read_config
+
+    if options.out.exists():
+        raise ValueError(f"the output folder {options.out} exists: remove it or give another")
+    model_config(read_config(options.hf))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="hf-to-megatron | megatron-to-hf")
+    reading = commands.add_parser("hf-to-megatron", help=hf_to_megatron.__doc__)
+    reading.set_defaults(convert=hf_to_megatron)
+    reading.add_argument("--hf", type=Path, required=True, help="folder with config.json, safetensors and tokenizer")
+    writing = commands.add_parser("megatron-to-hf", help=megatron_to_hf.__doc__)
+    writing.set_defaults(convert=megatron_to_hf)
+    writing.add_argument("--megatron", type=Path, required=True, help="a checkpoint, or a folder that holds some")
+    writing.add_argument(
+        "--hf",
+        type=Path,
+        required=True,
+        help="a folder of the same family, for config.json, generation config, tokenizer",
+    )
+    for command in (reading, writing):
+        command.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
+        command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that share the work (default: 1)")
+        command.add_argument("--pp", type=int, default=1, help="pipeline stages that share the work (default: 1)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
