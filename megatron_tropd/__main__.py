@@ -67,8 +67,11 @@ def _quiet_libraries() -> None:
 
 
 def _refuse(error: ValueError) -> int:
-    """One message, no traceback, for what this package refuses; anything else is a defect and is shown whole."""
-    if not type(error).__module__.startswith("megatron_tropd") and type(error) is not ValueError:
+    """One message, no traceback, for what this package refuses; what a library raises is a defect, shown whole."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None or not frame.tb_frame.f_globals["__name__"].startswith("megatron_tropd"):
         raise error
     if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
         print(f"error: {error}", file=sys.stderr, flush=True)

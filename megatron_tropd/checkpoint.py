@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, learner: Learner, description: Description, *,
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _write_durably(folder / LATEST, final.name)
-        _prune(folder, keep)
+        _prune(folder, keep, newest=final)
     dist.barrier()
     return final
 
@@ -189,9 +189,14 @@ def _write_durably(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, *, newest: Path) -> None:
+    """Remove what crashes left behind and all but ``keep`` checkpoints; never ``newest``, which ``latest`` names.
+
+    A crash between publishing a checkpoint and moving ``latest`` leaves a step ahead of the one that is resumed.
+    """
     for leftover in folder.glob("step_*.incomplete"):
         shutil.rmtree(leftover)
-    complete = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    for old in complete[:-keep] if keep else []:
+    steps = {int(n): path for path in folder.glob("step_*") if (n := path.name.removeprefix("step_")).isdigit()}
+    older = [steps[step] for step in sorted(steps) if steps[step] != newest]
+    for old in older[: len(older) - (keep - 1)] if 0 < keep <= len(older) else []:
         shutil.rmtree(old)

@@ -46,7 +46,7 @@ def _open_store(run: Run) -> AnswerWriter | None:
     if run.layout.is_main:
         try:
             writer = AnswerWriter(Path(path), _header(run))
-        except DataError as error:
+        except (DataError, OSError) as error:
             problem = str(error)
     if problem := from_main(problem):
         raise DataError(problem)

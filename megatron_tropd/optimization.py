@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -88,23 +88,38 @@ def _start_adam(adam: torch.optim.Adam) -> None:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Megatron's ``load_state_dict``, made right for torch's Adam (used where neither TE nor Apex is installed).
+    """Megatron's ``load_state_dict``, with two things made right.
 
-    Torch keeps the step count as one tensor per parameter. Megatron 0.19.2 looks it up among the saved tensors, where
-    it is not (it comes from the parameter groups), and hands one tensor to all parameters, which then count together.
+    Hyperparameters stay the config's, so a resumed run may change them: Megatron 0.19.2 finds a parameter group by its
+    saved learning rates, and fails where they differ. And torch's Adam (used where neither TE nor Apex is installed)
+    keeps its step count as one tensor per parameter: Megatron looks it up among the saved tensors, where it is not (it
+    comes from the groups), and hands one tensor to all parameters, which then count together.
     """
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    for group in _saved_groups(state):
+        group.update(max_lr=configured[0]["max_lr"], min_lr=configured[0]["min_lr"])
     inner_optimizers = _inner_optimizers(optimizer)
     for inner in inner_optimizers:
         if isinstance(inner, DistributedOptimizer):
             set_states = inner._set_main_param_and_optimizer_states
             inner._set_main_param_and_optimizer_states = partial(_set_states_but_step, set_states)
     optimizer.load_state_dict(state)
+    for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
+        group.update(hyperparameters)
     for inner in inner_optimizers:
         if isinstance(inner, DistributedOptimizer):
             del inner._set_main_param_and_optimizer_states
         for parameter_state in inner.optimizer.state.values():
             if isinstance(parameter_state.get("step"), torch.Tensor):
                 parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _saved_groups(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parameter groups of a saved optimizer, wherever Megatron's wrappers have put them."""
+    yield from state.get("param_groups", [])
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from _saved_groups(value)
 
 
 def _set_states_but_step(
@@ -129,4 +144,6 @@ def build_scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=train_iters,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

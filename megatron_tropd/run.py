@@ -139,6 +139,8 @@ def _load(run: Run, config: ModelConfig, build: Callable[..., GPTModel], *, seed
         seed=seed if config.load is None else None,
     )
     if config.load is None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            logger.warning("teacher.load is not set: the teacher has random weights, and nothing worth learning")
         return model
     folder = Path(config.load)
     if is_huggingface(folder):

@@ -123,6 +123,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
             save(run, learner, done)
         if stop:
+            log.close()
             logger.warning("SIGTERM: saved after step %d; start again with the same command to continue", step)
             return
     log.write({"step": training.train_iters, **evaluator()})
@@ -166,7 +167,9 @@ def _evaluates(interval: int, step: int) -> bool:
 
 
 def _max_prefix_length(config: Config, step: int) -> int:
-    longest = config.guidance.max_prefix_length or config.rollout.max_response_length
+    longest = config.guidance.max_prefix_length
+    if longest is None:
+        longest = config.rollout.max_response_length
     return max_prefix_length(resolved_schedule(config), step, config.training.train_iters, longest)
 
 

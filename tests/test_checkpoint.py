@@ -86,3 +86,37 @@ def test_a_pointer_to_something_incomplete_and_a_damaged_description_are_refused
         (tmp_path / "step_3" / "tropd.json").write_text(text)
         with pytest.raises(CheckpointError, match="missing or damaged"):
             read_description(tmp_path / "step_3")
+
+
+def test_pruning_spares_what_latest_names_and_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    from megatron_tropd.checkpoint import _prune
+
+    # step_9 was published by a run that crashed before `latest` moved; step_4 is the newest of the resumed run.
+    for name in ("step_2", "step_3", "step_4", "step_9", "step_5.incomplete", "step_best", "7"):
+        (tmp_path / name).mkdir()
+    _prune(tmp_path, 0, newest=tmp_path / "step_4")
+    assert len(list(tmp_path.iterdir())) == 6
+    _prune(tmp_path, 2, newest=tmp_path / "step_4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "step_4", "step_9", "step_best"]
+    _prune(tmp_path, 1, newest=tmp_path / "step_4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "step_4", "step_best"]
+
+
+def _resume_with_another_learning_rate(folder: str) -> tuple[float, float]:
+    from megatron_tropd.checkpoint import latest_checkpoint, load_checkpoint
+    from megatron_tropd.config import OptimizerConfig
+    from megatron_tropd.step import train_step
+    from tests import tiny
+
+    layout = tiny.start(tp=1, pp=1)
+    learner = tiny.build_learner(layout, optimizer=OptimizerConfig(lr=0.003, weight_decay=0.5))
+    path = latest_checkpoint(Path(folder))
+    assert path is not None
+    load_checkpoint(path, learner, _description(0))
+    metrics = train_step(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=1))
+    return metrics["learning_rate"], max(group["weight_decay"] for group in learner.optimizer.param_groups)
+
+
+def test_a_resumed_run_takes_its_learning_rate_from_the_config(saved: tuple[Path, float]) -> None:
+    folder, _ = saved
+    assert run_ranks(1, _resume_with_another_learning_rate, str(folder)) == [(0.003, 0.5)]

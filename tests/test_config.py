@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -258,3 +259,27 @@ def test_help_documents_every_field_and_nothing_else() -> None:
     sections = {name.split(".")[0] for name in field_names(Config) if "." in name}
     assert documented == set(field_names(Config)) - sections
     assert "Number of transformer layers. (required, type: int)" in text
+
+
+def test_a_prefix_budget_of_zero_is_not_the_default(tmp_path: Path) -> None:
+    from megatron_tropd.trainer import _max_prefix_length
+
+    config = load_config(write(tmp_path, rollout={"max_response_length": 10}))
+    assert _max_prefix_length(config, 0) == 10
+    assert _max_prefix_length(load_config(tmp_path / "config.yaml", ["--guidance.max_prefix_length=0"]), 0) == 0
+    assert _max_prefix_length(load_config(tmp_path / "config.yaml", ["--guidance.max_prefix_length=4"]), 0) == 4
+
+
+def test_a_refusal_is_one_line_and_a_defect_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_tropd import __main__ as program
+
+    path = str(write(tmp_path, student={"num_layer": 3}))
+    assert program.main(["train", path]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: unknown config field student.num_layer")
+    # A ValueError out of the standard library is not ours to word.
+    path = str(write(tmp_path))
+    monkeypatch.setattr(program, "_run", lambda command, config: json.loads("{"))
+    with pytest.raises(ValueError, match="Expecting property name"):
+        program.main(["train", path])

@@ -52,3 +52,11 @@ def test_without_any_it_says_what_to_install(tmp_path: Path) -> None:
     found = find(tmp_path, cat="exec /bin/cat")
     assert found.returncode == 1 and found.stdout == ""
     assert "No Python >= 3.12 found. Install one of" in found.stderr
+
+
+def test_a_python_that_uv_manages_is_the_last_resort(tmp_path: Path) -> None:
+    managed = tmp_path / "managed-python"
+    managed.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    managed.chmod(0o755)
+    found = find(tmp_path, uv=f'[ "$2" = find ] && echo {managed}')
+    assert found.returncode == 0 and "managed by uv" in found.stderr
