@@ -89,25 +89,39 @@ def distillation_loss(
         uniforms_N=None if uniforms_T is None else uniforms_T[rows_N],
     )
     teacher_TV = None if teacher_logits_TV is None else teacher_logits_TV.detach()
-    with torch.no_grad():
-        shards = Shards(student_logits_TV.detach(), teacher_TV, vocab_size, group)
-        found = measure(shards, tokens, objective, full_statistics)
-    loss_N, top_k_divergence_N = _losses(student_logits_TV, tokens, found, objective, inplace_backward)
+    shards = Shards(student_logits_TV.detach(), teacher_TV, vocab_size, group)
+    loss_N, report = selected_losses(student_logits_TV, shards, tokens, objective, full_statistics, inplace_backward)
     loss_T = loss_N.new_zeros(tokens_T.shape).index_copy(0, rows_N, loss_N)
-    return loss_T, _report(objective, found, top_k_divergence_N.detach(), rows_N, tokens_T.shape[0])
+    zeros_T = torch.zeros_like(loss_T, requires_grad=False)
+    return loss_T, LossReport(**{name: zeros_T.index_copy(0, rows_N, value_N) for name, value_N in report.items()})
 
 
-def _losses(
-    student_logits_TV: torch.Tensor, tokens: Tokens, found: Measurements, objective: Objective, inplace: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective on the measured values, which get their derivative here. Also the top-k divergence, ``[N]``."""
-    student_log_probs_N = found.statistics.student.log_probs_N
-    top_k_OK = None if found.top_k is None else found.top_k.student_OK
-    student_log_probs_N, top_k_OK, divergence_N = _StudentTerms.apply(
-        student_logits_TV, found.terms, inplace, student_log_probs_N, top_k_OK, found.divergence_N
-    )
+def selected_losses(
+    student_logits_TV: torch.Tensor,
+    shards: Shards,
+    tokens: Tokens,
+    objective: Objective,
+    full_statistics: bool,
+    inplace_backward: bool,
+) -> tuple[torch.Tensor, LossReport]:
+    """`distillation_loss` without its checks and for the selected tokens alone: loss and report are ``[N]``.
+
+    ``shards`` holds ``student_logits_TV`` detached.
+    """
+    with torch.no_grad():
+        found = measure(shards, tokens, objective, full_statistics)
+    values = _StudentTerms.apply(student_logits_TV, found.terms, inplace_backward, *found.values)
+    return apply_objective(objective, tokens, found, values)
+
+
+def apply_objective(
+    objective: Objective, tokens: Tokens, found: Measurements, values: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, LossReport]:
+    """Loss and report ``[N]`` from the measured values; ``values`` are `Measurements.values` with their derivative."""
+    student_log_probs_N, top_k_OK, divergence_N = values
+    assert student_log_probs_N is not None
     top_k_divergence_N = torch.zeros_like(student_log_probs_N)
-    if found.top_k is not None:
+    if found.top_k is not None and top_k_OK is not None:
         divergence_O = top_k_divergence(objective, top_k_OK, found.top_k.teacher_OK)
         top_k_divergence_N = top_k_divergence_N.index_copy(0, found.top_k.rows_O, divergence_O)
     loss_N = token_losses(
@@ -121,7 +135,7 @@ def _losses(
         top_k_divergence_N=top_k_divergence_N,
         divergence_N=divergence_N,
     )
-    return loss_N, top_k_divergence_N
+    return loss_N, _report(objective, found, top_k_divergence_N.detach())
 
 
 class _StudentTerms(torch.autograd.Function):
@@ -148,27 +162,28 @@ class _StudentTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         (student_logits_TV,) = ctx.saved_tensors
-        *log_prob_grads, divergence_grad_N = grads
-        read_grads = tuple(
-            read.ids_RL.new_zeros(read.ids_RL.shape, dtype=torch.float32)
-            if grad is None
-            else grad.view(read.ids_RL.shape)
-            for read, grad in zip(ctx.terms.read_ids, log_prob_grads, strict=False)
-        )
         student_logits_TV = student_logits_TV.detach()
         gradient_TV = student_logits_TV if ctx.inplace_backward else torch.empty_like(student_logits_TV)
-        student_gradient(student_logits_TV, ctx.terms, read_grads, divergence_grad_N, gradient_TV)
+        write_gradient(student_logits_TV, ctx.terms, grads, gradient_TV)
         return gradient_TV, None, None, *(None for _ in grads)
 
 
-def _report(
-    objective: Objective,
-    found: Measurements,
-    top_k_divergence_N: torch.Tensor,
-    rows_N: torch.Tensor,
-    num_tokens: int,
-) -> LossReport:
-    """From the N rows back to all T tokens."""
+def write_gradient(
+    student_logits_TV: torch.Tensor,
+    terms: StudentTerms,
+    grads: tuple[torch.Tensor | None, ...],
+    gradient_TV: torch.Tensor,
+) -> None:
+    """`student_gradient` from the gradients of `Measurements.values`; None: no gradient reached that value."""
+    *log_prob_grads, divergence_grad_N = grads
+    read_grads = tuple(
+        read.ids_RL.new_zeros(read.ids_RL.shape, dtype=torch.float32) if grad is None else grad.view(read.ids_RL.shape)
+        for read, grad in zip(terms.read_ids, log_prob_grads, strict=False)
+    )
+    student_gradient(student_logits_TV, terms, read_grads, divergence_grad_N, gradient_TV)
+
+
+def _report(objective: Objective, found: Measurements, top_k_divergence_N: torch.Tensor) -> LossReport:
     student, teacher, pair = found.statistics.student, found.statistics.teacher, found.statistics.pair
     named = {"student_log_prob": student.log_probs_N, "trust": found.trust_N, "outlier": found.outlier_N}
     if teacher is not None and found.rewards_N is not None:
@@ -187,5 +202,4 @@ def _report(
         named |= {"forward_kl": pair.forward_kl_N, "reverse_kl": pair.reverse_kl_N}
     if objective.exact_divergence == "jsd" and found.divergence_N is not None:
         named["jsd"] = found.divergence_N
-    zeros_T = found.trust_N.new_zeros(num_tokens)
-    return LossReport(**{name: zeros_T.index_copy(0, rows_N, value) for name, value in named.items()})
+    return LossReport(**named)

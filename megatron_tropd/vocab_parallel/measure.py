@@ -95,6 +95,12 @@ class Measurements:
     terms: StudentTerms
     """How the student's log-probs and the divergence depend on its logits."""
 
+    @property
+    def values(self) -> tuple[torch.Tensor | None, ...]:
+        """What the loss differentiates: the student's log-probs ``[N]``, at the top-k ``[O, K]``, the divergence."""
+        top_k_OK = None if self.top_k is None else self.top_k.student_OK
+        return self.statistics.student.log_probs_N, top_k_OK, self.divergence_N
+
 
 def measure(shards: Shards, tokens: Tokens, objective: Objective, full_statistics: bool) -> Measurements:
     """Local statistics, the one packed collective, the gate, then what only some tokens or objectives need."""

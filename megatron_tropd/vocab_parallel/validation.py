@@ -1,4 +1,4 @@
-"""Refuses arguments of `distillation_loss` that do not fit, on every rank, before anything is communicated.
+"""Refuses arguments that do not fit, on every rank, before anything is communicated.
 
 Shape suffixes: ``T`` tokens, ``V`` vocabulary shard.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.objectives import Objective
+from megatron_tropd.vocab_parallel.output_head import OutputHead
 from megatron_tropd.vocab_parallel.shards import group_size
 
 _NUM_REGIONS = 3
@@ -90,3 +91,28 @@ def _check_values(
         raise ValueError(f"tokens_T must be in [0, vocab_size = {vocab_size}) in a region; {counts[1]} are not")
     if len(counts) > 2 and counts[2]:
         raise ValueError(f"uniforms_T must be in [0, 1) in a region; {counts[2]} are not")
+
+
+def check_heads(
+    student: OutputHead,
+    teacher: OutputHead | None,
+    regions_N: torch.Tensor,
+    weights_N: torch.Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    """Raise ValueError for what `fused_head_loss` takes beyond `distillation_loss`."""
+    for name, head in (("student", student), ("teacher", teacher)):
+        if head is None:
+            continue
+        hidden, weight = head.hidden_NH, head.weight_VH
+        if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+            raise ValueError(
+                f"{name}: hidden_NH [N, H] and weight_VH [V, H] must share H and dtype, found {_describe(hidden)} "
+                f"and {_describe(weight)}"
+            )
+    if weights_N is not None and not (weights_N.shape == regions_N.shape and weights_N.is_floating_point()):
+        raise ValueError(f"weights_N must be floating, shape {_shape(regions_N)}; found {_describe(weights_N)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
+    if not regions_N.all():
+        raise ValueError("every token given to fused_head_loss must be of a region: select them before the head")
