@@ -205,6 +205,12 @@ class TrainingConfig:
     """auto: bf16 with fp32 main gradients on GPUs, fp32 on the CPU."""
     normalization: Literal["tokens", "sequences", "kept"] = "tokens"
     """Denominator of the loss: response positions of the global batch, a mean per sequence, or kept positions."""
+    output_head: Literal["fused", "fused-recompute", "logits"] = "fused"
+    """From hidden states to the loss. fused: a chunk of tokens at a time through both output layers, gradients taken at
+    once, whole logits never exist; fused-recompute: the student's logits again in the backward, which saves an fp32
+    buffer of the output weight's size and costs one more product; logits: both models' whole logits."""
+    head_chunk_size: int | None = None
+    """Tokens of a chunk of the fused heads; None: from the sizes."""
     recompute: bool = False
     """Recompute the student's activations in the backward (Megatron full, uniform)."""
     eval_interval: int = 0

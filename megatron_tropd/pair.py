@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.types import MicroBatch, TokenRegion
+from megatron_tropd.types import MicroBatch, OutputHeadMode, TokenRegion
+from megatron_tropd.vocab_parallel import OutputHead
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, Shape
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
 TEACHER_HIDDEN = "teacher_hidden_SBH"
@@ -31,10 +33,11 @@ class StudentTeacherStage(torch.nn.Module):
     config, embedding and output layer, and nothing of the teacher's.
     """
 
-    def __init__(self, student: GPTModel, teacher: GPTModel | None):
+    def __init__(self, student: GPTModel, teacher: GPTModel | None, *, output_head: OutputHeadMode = "fused"):
         super().__init__()
         self.module = student
         self.teacher = teacher
+        self.output_head = output_head
         self.teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
@@ -47,12 +50,13 @@ class StudentTeacherStage(torch.nn.Module):
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run both slices on one micro-batch.
 
-        Last stage: student and teacher logits ``[N, V]`` at the positions that carry loss, in row-major order of
-        ``batch.regions_BS``; prompt and padding positions never reach the output layers. Earlier stages: the hidden
-        states ``[S, B, H]``, the teacher's attached to the student's for the communicator.
+        Last stage: the final hidden states ``[N, H]`` of both models at the positions that carry loss, in row-major
+        order of ``batch.regions_BS`` (their logits ``[N, V]`` with ``output_head="logits"``); prompt and padding
+        positions never reach the output layers. Earlier stages: the hidden states ``[S, B, H]``, the teacher's attached
+        to the student's for the communicator.
         """
         teacher_output = self._run_teacher(batch)
-        student_output = _run_model(self.module, batch)
+        student_output = self._run_model(self.module, batch)
         if teacher_output is not None and not self.module.post_process:
             setattr(student_output, TEACHER_HIDDEN, teacher_output)
         return student_output, teacher_output
@@ -63,7 +67,7 @@ class StudentTeacherStage(torch.nn.Module):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         with torch.no_grad():
-            output = _run_model(self.teacher, batch)
+            output = self._run_model(self.teacher, batch)
         end.record()
         self.teacher_events.append((start, end))
         return output
@@ -75,17 +79,43 @@ class StudentTeacherStage(torch.nn.Module):
             torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in events) / 1e3
 
+    def heads(self, student_NH: torch.Tensor, teacher_NH: torch.Tensor | None) -> tuple[OutputHead, OutputHead | None]:
+        """What the fused loss reads, from the hidden states that `forward` gave on the last stage."""
+        teacher = None
+        if self.teacher is not None and teacher_NH is not None:
+            teacher = OutputHead(teacher_NH, _output_weight(self.teacher))
+        return OutputHead(student_NH, _output_weight(self.module)), teacher
 
-def _run_model(model: GPTModel, batch: MicroBatch) -> torch.Tensor:
-    positions_BS = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device).expand_as(batch.tokens_BS)
-    # No attention mask: both layer specs are causal by type, and padding follows every token that carries loss.
-    return model(
-        batch.tokens_BS,
-        positions_BS,
-        attention_mask=None,
-        output_processor=_loss_position_logits,
-        output_processor_context=batch.regions_BS != TokenRegion.NONE,
-    )
+    def _run_model(self, model: GPTModel, batch: MicroBatch) -> torch.Tensor:
+        positions_BS = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device).expand_as(batch.tokens_BS)
+        # No attention mask: both layer specs are causal by type, and padding follows every token that carries loss.
+        return model(
+            batch.tokens_BS,
+            positions_BS,
+            attention_mask=None,
+            output_processor=_loss_position_logits if self.output_head == "logits" else loss_position_hidden,
+            output_processor_context=batch.regions_BS != TokenRegion.NONE,
+        )
+
+
+def _output_weight(model: GPTModel) -> torch.Tensor:
+    tied = model.share_embeddings_and_output_weights
+    return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+
+
+def loss_position_hidden(
+    *, hidden_states: torch.Tensor, output_layer: Any, context: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """Megatron's ``output_processor``: hidden states ``[N, H]`` of the rows that ``context`` (bool ``[B, S]``) selects.
+
+    What the output layer does to its input happens here instead: under sequence parallelism ``[S / tp, B, H]`` is
+    gathered, and the backward sums the gradient over the ranks that share the vocabulary.
+    """
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())  # DDP's wait for the weights, which calling the layer would have run
+    if output_layer.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group).transpose(0, 1)[context]
+    return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1)[context], group=output_layer.tp_group)
 
 
 def _loss_position_logits(

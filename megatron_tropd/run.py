@@ -167,7 +167,9 @@ def _check_tokenizer(run: Run, folder: Path, size: int) -> None:
 def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:
     """Student (and teacher) as a pipeline stage under DDP, with optimizer and scheduler."""
     config = run.config
-    stage = StudentTeacherStage(load_student(run), load_teacher(run) if with_teacher else None)
+    stage = StudentTeacherStage(
+        load_student(run), load_teacher(run) if with_teacher else None, output_head=config.training.output_head
+    )
     model = wrap_data_parallel(stage, config.optimizer, run.layout, overlap=not ON_CPU)
     optimizer = build_optimizer(model, config.optimizer, run.layout, dtype=run.dtype)
     sizes = [vocab_size(config.student, run.tokenizer)]
@@ -180,6 +182,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
         layout=run.layout,
         objective=objective,
         normalization=config.training.normalization,
+        head_chunk_size=config.training.head_chunk_size,
         vocab_size=min(run.tokenizer.vocab_size, *sizes),
     )
 

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_tropd.distributed import Layout
+from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
 from megatron_tropd.types import Batch, MicroBatch, TokenRegion
-from megatron_tropd.vocab_parallel import distillation_loss
+from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
@@ -50,6 +51,8 @@ class Learner:
     normalization: Normalization
     vocab_size: int
     """Ids that student and teacher share."""
+    head_chunk_size: int | None = None
+    """Tokens of a chunk of the fused heads; None: from the sizes."""
 
     @property
     def stage(self) -> StudentTeacherStage:
@@ -118,30 +121,43 @@ def _micro_batch_loss(
     learner: Learner,
     bad_samples: list[int],
     batch: MicroBatch,
-    teacher_logits_NV: torch.Tensor | None,
-    student_logits_NV: torch.Tensor,
+    teacher_output: torch.Tensor | None,
+    student_output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum of weighted losses, number of loss terms, metric sums) of one micro-batch, on the last stage.
 
-    Without response positions N is 0 and the sum is a zero that still has a gradient (of zeros).
+    The outputs are those of `StudentTeacherStage.forward`. Without response positions N is 0 and the sum is a zero that
+    still has a gradient (of zeros).
     """
     mask_BS = batch.regions_BS != TokenRegion.NONE
-    loss_N, report = distillation_loss(
-        student_logits_NV,
-        teacher_logits_NV,
-        batch.labels_BS[mask_BS],
-        batch.regions_BS[mask_BS],
-        learner.objective,
-        vocab_size=learner.vocab_size,
-        group=learner.layout.groups.tp,
-        uniforms_T=batch.uniforms_BS[mask_BS],
-        full_statistics=teacher_logits_NV is not None,
-        inplace_backward=True,
-    )
-    weighted_N = loss_N * batch.weights_BS[mask_BS]
+    weighted_N, report = _weighted_losses(learner, batch, mask_BS, student_output, teacher_output)
     bad_samples.extend(_samples_with_non_finite(batch, mask_BS, weighted_N))
     loss_terms = _count_loss_terms(learner.normalization, batch, report["outlier"], mask_BS)
     return weighted_N.sum(), loss_terms, token_sums(batch, weighted_N, loss_terms, report)
+
+
+def _weighted_losses(
+    learner: Learner,
+    batch: MicroBatch,
+    mask_BS: torch.Tensor,
+    student_output: torch.Tensor,
+    teacher_output: torch.Tensor | None,
+) -> tuple[torch.Tensor, LossReport]:
+    tokens_N, regions_N = batch.labels_BS[mask_BS], batch.regions_BS[mask_BS]
+    uniforms_N, weights_N = batch.uniforms_BS[mask_BS], batch.weights_BS[mask_BS]
+    sizes: dict[str, Any] = {"vocab_size": learner.vocab_size, "group": learner.layout.groups.tp}
+    mode, full = learner.stage.output_head, teacher_output is not None
+    if mode == "logits":
+        loss_N, report = distillation_loss(
+            student_output, teacher_output, tokens_N, regions_N, learner.objective,
+            uniforms_T=uniforms_N, full_statistics=full, inplace_backward=True, **sizes,
+        )  # fmt: skip
+        return loss_N * weights_N, report
+    return fused_head_loss(
+        *learner.stage.heads(student_output, teacher_output), tokens_N, regions_N, learner.objective,
+        uniforms_N=uniforms_N, weights_N=weights_N, full_statistics=full,
+        recompute=mode == "fused-recompute", chunk_size=learner.head_chunk_size, **sizes,
+    )  # fmt: skip
 
 
 def _count_loss_terms(

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 import torch
+
+OutputHeadMode = Literal["fused", "fused-recompute", "logits"]
+"""How the last stage goes from hidden states to losses: in chunks of tokens (`vocab_parallel.fused_head_loss`, with
+gradients taken in the forward or after computing the logits again), or through whole logits."""
 
 
 class TokenRegion(IntEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tests.ranks import run_ranks
 LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2), (2, 1), (1, 2)], 8: [(2, 2)]}
 """World size -> (tensor, pipeline); the rest is data parallel."""
 MICRO_BATCHES = (1, 2, 4)
+MODES = {1: ("logits", "fused", "fused-recompute"), 2: ("fused", "fused-recompute"), 4: ("fused",), 8: ("fused",)}
+"""World size -> how the last stage gets from hidden states to losses. Chunks of 3 tokens divide no micro-batch's."""
 
 
 def _write_gradients(folder: str, world_size: int) -> None:
@@ -23,25 +26,27 @@ def _write_gradients(folder: str, world_size: int) -> None:
         layout = tiny.start(tp=tp, pp=pp)
         # Without the distributed optimizer every replica keeps the whole reduced gradient, which is what is compared.
         learner = tiny.build_learner(layout, optimizer=OptimizerConfig(use_distributed_optimizer=False))
-        for num_micro_batches in MICRO_BATCHES:
+        for num_micro_batches, mode in itertools.product(MICRO_BATCHES, MODES[world_size]):
+            learner.stage.output_head = mode
             batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=num_micro_batches)
             sums, _ = forward_backward(learner, batch)
             gradients = tiny.whole_gradients(learner)
             if layout.tensor_parallel_rank == 0:
-                name = f"{world_size}-{tp}-{pp}-{num_micro_batches}-{layout.data_parallel_rank}-{layout.pipeline_rank}"
-                torch.save((gradients, sums), Path(folder) / f"{name}.pt")
+                ranks = f"{layout.data_parallel_rank}-{layout.pipeline_rank}"
+                torch.save((gradients, sums), Path(folder) / f"{tp}-{pp}-{num_micro_batches}-{mode}-{ranks}.pt")
 
 
 @pytest.fixture(scope="module")
 def gradient_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gradients")
     for world_size in LAYOUTS:
-        run_ranks(world_size, _write_gradients, str(folder), world_size, timeout=300)
+        (folder / str(world_size)).mkdir()
+        run_ranks(world_size, _write_gradients, str(folder / str(world_size)), world_size, timeout=300)
     return folder
 
 
 def _reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    gradients, sums = torch.load(folder / "1-1-1-1-0-0.pt")
+    gradients, sums = torch.load(folder / "1" / "1-1-1-logits-0-0.pt")
     return gradients, sums
 
 
@@ -51,19 +56,17 @@ def test_gradients_are_the_same_for_every_layout_and_micro_batch_split(gradient_
     norm = torch.cat([g.flatten() for g in reference.values()]).norm()
     for tp, pp in LAYOUTS[world_size]:
         dp = world_size // (tp * pp)
-        for num_micro_batches in MICRO_BATCHES:
+        for num_micro_batches, mode in itertools.product(MICRO_BATCHES, MODES[world_size]):
             for dp_rank in range(dp):
-                stages = [
-                    torch.load(gradient_folder / f"{world_size}-{tp}-{pp}-{num_micro_batches}-{dp_rank}-{stage}.pt")
-                    for stage in range(pp)
-                ]
+                name = f"{tp}-{pp}-{num_micro_batches}-{mode}-{dp_rank}"
+                stages = [torch.load(gradient_folder / str(world_size) / f"{name}-{stage}.pt") for stage in range(pp)]
                 names = set().union(*(gradients for gradients, _ in stages))
                 assert names == set(reference)
                 for gradients, sums in stages:
                     for name, gradient in gradients.items():
                         error = (gradient - reference[name]).norm() / norm
                         assert error < 1e-5, (
-                            f"tp {tp} pp {pp} dp {dp}, {num_micro_batches} micro-batches: {name} {error}"
+                            f"tp {tp} pp {pp} dp {dp}, {num_micro_batches} micro-batches, {mode}: {name} {error}"
                         )
                     assert sums == pytest.approx(reference_sums, rel=1e-4, abs=1e-4)
 
@@ -161,6 +164,50 @@ def test_bfloat16_weights_train_with_float32_main_gradients() -> None:
     (low, other), (high, _) = run_ranks(2, _train_in_bfloat16), run_ranks(2, _train_in_float32)
     assert low == other
     assert low == pytest.approx(high, rel=0.05)
+
+
+def _run_sequence_parallel_head() -> list[list]:
+    """Gradients of the hidden states and of the weight through Megatron's output layer, sequence parallel and not."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_tropd.objectives import preset
+    from megatron_tropd.pair import loss_position_hidden
+    from megatron_tropd.vocab_parallel import OutputHead, fused_head_loss
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    generator = torch.Generator().manual_seed(0)
+    hidden_SBH = torch.randn(6, 2, 8, generator=generator)
+    weight_VH, teacher_VH = torch.randn(20, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    mask_BS = torch.rand(2, 6, generator=generator) < 0.7
+    tokens_N = torch.randint(0, 20, (int(mask_BS.sum()),), generator=generator)
+    rank, found = layout.tensor_parallel_rank, []
+    for sequence_parallel in (True, False):
+        config = TransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=2, tensor_model_parallel_size=2,
+            sequence_parallel=sequence_parallel, use_cpu_initialization=True,
+        )  # fmt: skip
+        layer = ColumnParallelLinear(
+            8, 20, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=layout.groups.tp
+        )
+        layer.weight.data.copy_(weight_VH.chunk(2)[rank])
+        leaf_SBH = (hidden_SBH.chunk(2)[rank] if sequence_parallel else hidden_SBH).clone().requires_grad_()
+        rows_NH = loss_position_hidden(hidden_states=leaf_SBH, output_layer=layer, context=mask_BS)
+        loss_N, _ = fused_head_loss(
+            OutputHead(rows_NH, layer.weight), OutputHead(rows_NH.detach(), teacher_VH.chunk(2)[rank]), tokens_N,
+            torch.full_like(tokens_N, 2), preset("fkl-exact"), vocab_size=20, group=layout.groups.tp, chunk_size=3,
+        )  # fmt: skip
+        loss_N.sum().backward()
+        found += [leaf_SBH.grad if sequence_parallel else leaf_SBH.grad.chunk(2)[rank], layer.weight.grad]
+    return [gradient.tolist() for gradient in found]
+
+
+def test_the_fused_head_under_sequence_parallelism() -> None:
+    for hidden, weight, wanted_hidden, wanted_weight in run_ranks(2, _run_sequence_parallel_head):
+        assert torch.tensor(wanted_hidden).any() and torch.tensor(wanted_weight).any()
+        torch.testing.assert_close(torch.tensor(hidden), torch.tensor(wanted_hidden))
+        torch.testing.assert_close(torch.tensor(weight), torch.tensor(wanted_weight))
 
 
 def _step_with_every_objective() -> list[dict[str, dict[str, float]]]:

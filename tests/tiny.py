@@ -14,7 +14,7 @@ from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.step import Learner
-from megatron_tropd.types import Batch, MicroBatch, TokenRegion
+from megatron_tropd.types import Batch, MicroBatch, OutputHeadMode, TokenRegion
 
 VOCAB_SIZE = 45
 STUDENT = ModelConfig(
@@ -59,6 +59,8 @@ def build_learner(
     optimizer: OptimizerConfig | None = None,
     normalization: str = "tokens",
     dtype: torch.dtype = torch.float32,
+    output_head: OutputHeadMode = "fused",
+    head_chunk_size: int | None = 3,
 ) -> Learner:
     """A learner on the tiny pair with deterministic weights."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
@@ -66,6 +68,7 @@ def build_learner(
     stage = StudentTeacherStage(
         build_model(student, layout, seed=1, **sizes),
         build_teacher(teacher, layout, seed=2, **sizes) if teacher else None,
+        output_head=output_head,
     )
     model = wrap_data_parallel(stage, optimizer, layout, overlap=False)
     megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=dtype)
@@ -77,6 +80,7 @@ def build_learner(
         objective=objective or preset("tropd", top_k=5),
         normalization=normalization,
         vocab_size=VOCAB_SIZE,
+        head_chunk_size=head_chunk_size,
     )
 
 

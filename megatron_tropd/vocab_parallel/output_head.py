@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Vocabulary rows of the fp32 weight gradient that grow at a time, so that what a product needs beside it stays small: on
-# CUDA the product itself in fp32, on the CPU a copy of the gradient in fp32.
+# Vocabulary rows of the fp32 weight gradient that grow at a time, so that what a product needs beside it stays small:
+# on CUDA the product itself in fp32, on the CPU a copy of the gradient in fp32.
 _WEIGHT_ROWS_CUDA, _WEIGHT_ROWS_CPU = 8192, 1024
 # A chunk adds its weight gradient to an fp32 buffer: 8 bytes per weight, against 2 x 4 FLOP of the student's products
 # and 2 x (teacher width / student width) of the teacher's per weight and token. At the 184 FLOP per byte of an H200
