@@ -22,7 +22,7 @@ import vocab_parallel_cases
 from ranks import run_ranks
 from vocab_parallel_cases import Case, check_against_dense, make_case, relative_error, run_sharded
 
-from megatron_tropd.kernels.backend import BACKEND_VARIABLE, use_triton
+from megatron_tropd.kernels.backend import BACKEND_VARIABLE, chosen_backend
 from megatron_tropd.objectives import ExactDivergence, preset
 from megatron_tropd.vocab_parallel import divergences, gradient, statistics
 from megatron_tropd.vocab_parallel.divergences import Divergence
@@ -333,10 +333,11 @@ def _check_excluded(case: Case) -> None:
 
 def run_all() -> dict[str, Any]:
     """Triton comes in here: `ranks` has set the environment by now."""
-    from megatron_tropd.vocab_parallel import triton_passes
+    from megatron_tropd.kernels import triton_kernels
+    from megatron_tropd.vocab_parallel.kernel_passes import KernelPasses
 
     rank = dist.get_rank()
-    single = [check_statistics, check_gradient, check_mixture, check_pieces][rank](triton_passes)
+    single = [check_statistics, check_gradient, check_mixture, check_pieces][rank](KernelPasses(triton_kernels))
     if rank == 3:
         check_edges()
     return {"single": single, "loss": check_loss()}
@@ -367,7 +368,7 @@ def test_the_whole_loss_matches_dense(on_ranks: list[dict[str, Any]]) -> None:
 
 
 def test_the_kernels_know_every_term_of_the_gradient() -> None:
-    """A term added to the definition alone would be missing on CUDA: extend `triton_passes`, then this test."""
+    """A term added to the definition alone would be missing on CUDA: extend `kernel_passes`, then this test."""
     assert {field.name for field in dataclasses.fields(StudentTerms)} == {
         "rows_N", "log_sum_exp_N", "held", "read_ids", "divergence",
     }  # fmt: skip
@@ -380,14 +381,15 @@ def test_the_backend_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     logits = torch.zeros(1, 1)
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not use_triton(logits)
-    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
-    assert not use_triton(logits)
+    assert chosen_backend(logits) == "torch"
+    for backend in ("torch", "compile"):
+        monkeypatch.setenv(BACKEND_VARIABLE, backend)
+        assert chosen_backend(logits) == backend
     monkeypatch.setenv(BACKEND_VARIABLE, "triton")
     with pytest.raises(ValueError, match="logits are on cpu: Triton needs CUDA"):
-        use_triton(logits)
+        chosen_backend(logits)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert use_triton(logits)
+    assert chosen_backend(logits) == "triton"
     monkeypatch.setenv(BACKEND_VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="auto, triton, torch; found 'cuda'"):
-        use_triton(logits)
+    with pytest.raises(ValueError, match="auto, triton, torch, compile; found 'cuda'"):
+        chosen_backend(logits)

@@ -464,3 +464,17 @@ def test_candidates_of_two_ranks_merge_for_a_single_row_too(num_rows: int) -> No
     merged, logits = _merge(candidates, top_k)
     expected = keys.movedim(0, 1).flatten(1).sort(-1, descending=True).values[:, :top_k]
     assert torch.equal(merged, expected) and torch.equal(logits, expected.float())
+
+
+@pytest.mark.parametrize(("width", "top_k"), [(5, 5), (70, 64), (130, 3), (1000, 7), (4099, 64)])
+def test_the_best_keys_of_a_row_are_those_of_its_best_blocks(width: int, top_k: int) -> None:
+    """Against sorting the whole row, with few distinct values, so that ties decide, and infinities."""
+    from megatron_tropd.vocab_parallel.top_k import _best_keys, _ids
+
+    generator = torch.Generator().manual_seed(width)
+    for num_values in (1, 2, 5, 1000):
+        logits = torch.randint(-num_values, num_values, (50, width), generator=generator).float()
+        logits[torch.rand(logits.shape, generator=generator) < 0.1] = -math.inf
+        found = _ids(_best_keys(logits, 1000, top_k)) - 1000
+        wanted = [sorted(range(width), key=lambda i, row=row: (-row[i], i))[:top_k] for row in logits.tolist()]
+        assert found.tolist() == wanted

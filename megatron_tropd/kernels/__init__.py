@@ -1,7 +1,7 @@
-"""Triton twins of the passes over a vocabulary shard, for CUDA.
+"""Fast twins of the passes over a vocabulary shard: in Triton for CUDA, and in PyTorch under `torch.compile`.
 
 `megatron_tropd.vocab_parallel.statistics`, `divergences` and `gradient` are the readable definition; the kernels here
-compute the same floats with one read of each logit and nothing but a few floats per token in memory.
-`megatron_tropd.vocab_parallel.passes` chooses between the two (`backend`). Importing this package does not import
-Triton; its modules `statistics`, `mixture` and `gradient` do.
+compute the same floats with nothing but a few floats per token in memory, the Triton ones with one read of each logit.
+`megatron_tropd.vocab_parallel.passes` chooses (`backend`). Importing this package does not import Triton: its modules
+`statistics`, `mixture` and `gradient` (together: `triton_kernels`) do; `compiled` is the other set.
 """

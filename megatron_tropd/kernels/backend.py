@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
 BACKEND_VARIABLE = "MEGATRON_TROPD_BACKEND"
-"""Environment variable: ``auto`` (Triton on CUDA, PyTorch elsewhere), ``triton`` or ``torch``; absent: ``auto``."""
-_BACKENDS = ("auto", "triton", "torch")
+"""Environment variable: ``auto`` (Triton on CUDA, PyTorch elsewhere), ``triton``, ``torch`` or ``compile`` (PyTorch
+under `torch.compile`: faster on a CPU after a minute of compiling); absent: ``auto``."""
+_BACKENDS = ("auto", "triton", "torch", "compile")
 
 
-def use_triton(logits: torch.Tensor) -> bool:
-    """Whether the passes over ``logits`` run in Triton.
+def chosen_backend(logits: torch.Tensor) -> Literal["triton", "torch", "compile"]:
+    """What the passes over ``logits`` run in.
 
     Raises:
         ValueError: the variable holds another word, or ``triton`` is asked for where it cannot run: logits outside
@@ -24,6 +26,8 @@ def use_triton(logits: torch.Tensor) -> bool:
     if backend == "triton" and not logits.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"{BACKEND_VARIABLE}=triton, but the logits are on {logits.device.type}: Triton needs CUDA "
-            "(or, to test its kernels, TRITON_INTERPRET=1). Use auto or torch"
+            "(or, to test its kernels, TRITON_INTERPRET=1). Use auto, torch or compile"
         )
-    return logits.is_cuda if backend == "auto" else backend == "triton"
+    if backend == "auto":
+        return "triton" if logits.is_cuda else "torch"
+    return backend  # type: ignore[return-value]

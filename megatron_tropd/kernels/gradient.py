@@ -15,43 +15,18 @@ Shape suffixes: ``T`` tokens, ``N`` rows of T that take part, ``E`` entries, ``V
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from megatron_tropd.kernels.arguments import Coefficients, Columns, Entries
 from megatron_tropd.kernels.mixture import mixture_log_ratios
-from megatron_tropd.kernels.tiles import LOAD_BYTES, Columns, exponential, row_start, row_stride
+from megatron_tropd.kernels.tiles import LOAD_BYTES, exponential, row_start, row_stride
 
 STEPS = 2
 NUM_WARPS = 4
 ENTRY_BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """a, b, c of every row and what log p, log q and log m need, all fp32 ``[N]``."""
-
-    abc_N3: torch.Tensor
-    """Contiguous ``[N, 3]``. Rows of three zeros get a dense gradient of exactly 0 without reading a logit."""
-    student_log_sum_exp_N: torch.Tensor
-    teacher_log_sum_exp_N: torch.Tensor | None
-    """None: b = c = 0 everywhere, and the teacher is not read."""
-    mixture_beta: float | None = None
-    """The teacher's weight in m; None: the form with q."""
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Gradients at single ids, the entries of row n of N at ``starts[n] : starts[n + 1]``."""
-
-    starts: torch.Tensor
-    """int64 ``[N + 1]``."""
-    ids_E: torch.Tensor
-    """int64 global ids; two of a row may be equal: their gradients add up."""
-    grads_E: torch.Tensor
-    """fp32."""
 
 
 @triton.jit

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_tropd.kernels.tiles import Columns, exponential, row_start, row_stride, tile_columns, tile_options
+from megatron_tropd.kernels.arguments import Columns
+from megatron_tropd.kernels.tiles import exponential, row_start, row_stride, tile_columns, tile_options
 
 STEPS = 1
 

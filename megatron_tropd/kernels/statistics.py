@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_tropd.kernels.tiles import Columns, exponential, row_start, row_stride, tile_columns, tile_options
+from megatron_tropd.kernels.arguments import Columns
+from megatron_tropd.kernels.tiles import exponential, row_start, row_stride, tile_columns, tile_options
 
 # A finite start: -inf - LOWEST is -inf, whose exponential is 0, where -inf - -inf would be nan.
 LOWEST = tl.constexpr(-3.4028234663852886e38)

@@ -7,8 +7,6 @@ over STEPS and VECTOR stays inside a thread; only the end of a row needs other t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -17,16 +15,6 @@ LOAD_BYTES = 16
 _LOG2_E = tl.constexpr(1.4426950408889634)
 NUM_WARPS = 4
 LANES = 32 * NUM_WARPS
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Adjacent columns of one model's shard, and the rows of it that a pass works on."""
-
-    logits_TV: torch.Tensor
-    """Only the columns that exist; a view."""
-    rows_N: torch.Tensor
-    """Which row each of the N is."""
 
 
 @triton.jit

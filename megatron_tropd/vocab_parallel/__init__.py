@@ -2,9 +2,9 @@
 
 `loss` tells the story (`distillation_loss`); `shards` says who holds which id, `statistics` reduces the vocabulary
 to a few floats per token and merges them over ranks, `top_k` finds the teacher's exact top-k, `divergences` holds what
-the exact KLs and the JSD need besides, `gradient` is the whole backward. `passes` runs all of these in PyTorch or in
-Triton (`triton_passes`, `megatron_tropd.kernels`). `fused_head` is the same loss from the hidden states, a chunk of
-tokens at a time, so that whole logits never exist (`output_head` is what it does with one model's output layer).
+the exact KLs and the JSD need besides, `gradient` is the whole backward. `passes` runs all of these in PyTorch, or in
+Triton or compiled (`kernel_passes`, `megatron_tropd.kernels`). `fused_head` is the same loss from the hidden states, a
+chunk of tokens at a time, so that whole logits never exist (`output_head`: what it does with one output layer).
 """
 
 from megatron_tropd.vocab_parallel.fused_head import fused_head_loss

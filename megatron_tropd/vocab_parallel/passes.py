@@ -1,19 +1,23 @@
-"""The passes over the vocabulary, in PyTorch or Triton: the one place that chooses (`kernels.backend`).
+"""The passes over the vocabulary, in PyTorch, Triton or `torch.compile`: the one place that chooses.
 
 Each function has the signature and the meaning of its namesake in `statistics`, `divergences` and `gradient`, the
-readable definition; `triton_passes` holds the twins.
+readable definition; `kernel_passes` holds the twins on either set of kernels. `kernels.backend` says which runs.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from megatron_tropd.kernels.backend import use_triton
+from megatron_tropd.kernels.backend import chosen_backend
 from megatron_tropd.objectives import ExactDivergence
 from megatron_tropd.vocab_parallel import divergences, gradient, statistics
 from megatron_tropd.vocab_parallel.gradient import StudentTerms
+from megatron_tropd.vocab_parallel.kernel_passes import KernelPasses
 from megatron_tropd.vocab_parallel.shards import TeacherColumns
 
 
@@ -77,10 +81,13 @@ def student_gradient(
     implementation.student_gradient(student_logits_TV, terms, log_prob_grads, divergence_grad_N, gradient_TV)
 
 
-def _implementation(logits_TV: torch.Tensor, definition: ModuleType) -> ModuleType:
-    """The module whose functions run: the definition's own, or the twins'. Triton is imported when first needed."""
-    if not use_triton(logits_TV):
-        return definition
-    from megatron_tropd.vocab_parallel import triton_passes
+def _implementation(logits_TV: torch.Tensor, definition: ModuleType) -> Any:
+    """Where the pass's function is: the definition's own module, or its twins, imported when first needed."""
+    backend = chosen_backend(logits_TV)
+    return definition if backend == "torch" else _kernel_passes(backend)
 
-    return triton_passes
+
+@cache
+def _kernel_passes(backend: str) -> KernelPasses:
+    module = {"triton": "triton_kernels", "compile": "compiled"}[backend]
+    return KernelPasses(import_module(f"megatron_tropd.kernels.{module}"))

@@ -66,12 +66,14 @@ def chunks(rows_N: torch.Tensor, logits_TV: torch.Tensor, bytes_per_element: int
     num_tokens, width = logits_TV.shape
     size = max(int(num_tokens * _WORK_BYTES_PER_ELEMENT / bytes_per_element), _MIN_CHUNK_ELEMENTS // width)
     size = max(min(size, _MAX_CHUNK_ELEMENTS // width), 1)
-    rows = rows_N.tolist()
-    for start in range(0, len(rows), size):
-        stop = min(start + size, len(rows))
-        first, last = rows[start], rows[stop - 1]
-        consecutive = last - first == stop - 1 - start
-        yield Chunk(slice(start, stop), slice(first, last + 1) if consecutive else rows_N[start:stop])
+    num_rows = rows_N.shape[0]
+    # On a GPU the host would have to wait for the rows: it gathers them instead.
+    rows = None if rows_N.is_cuda else rows_N.tolist()
+    for start in range(0, num_rows, size):
+        stop = min(start + size, num_rows)
+        consecutive = rows is not None and rows[stop - 1] - rows[start] == stop - 1 - start
+        where = slice(rows[start], rows[stop - 1] + 1) if consecutive and rows is not None else rows_N[start:stop]
+        yield Chunk(slice(start, stop), where)
 
 
 def read(logits_TV: torch.Tensor, chunk: Chunk, num_valid: int) -> torch.Tensor:

@@ -4,11 +4,13 @@ The order is total: value descending, then id ascending. Low-precision logits ti
 the second criterion the chosen ids would depend on how many ranks share the vocabulary.
 
 Shape suffixes: ``T`` tokens, ``O`` rows whose top-k is needed, ``C`` rows of one chunk, ``V`` vocabulary shard,
-``M`` candidates of a row, ``K`` top-k, ``P`` ranks.
+``M`` candidates of a row, ``B`` blocks of ``W`` columns,
+``K`` top-k, ``P`` ranks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,24 +85,40 @@ def local_top_k(
     count = min(top_k, len(held))
     if count:
         for chunk in chunks(rows_O, logits_TV, bytes_per_element=8):
-            keys_CM = _candidates(teacher.read(chunk), held.start, count)
-            keys_OK[chunk.span, :count] = keys_CM.topk(count, dim=-1).values
+            keys_OK[chunk.span, :count] = _best_keys(teacher.read(chunk), held.start, count)
     return keys_OK
 
 
-def _candidates(logits_CV: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
-    """Keys of every logit that is no smaller than its row's ``count``-th largest: all ties are in, ``[C, M]``.
+def _best_keys(logits_CV: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
+    """The largest ``count`` keys of each row, ``[C, count]``, largest first.
 
-    Keys for the whole row would cost several passes over 8-byte words; the candidates are little more than ``count``.
+    Keys for the whole row would cost several passes over 8-byte words. But the best ``count`` entries lie in the best
+    ``count`` blocks of columns, in the order of (largest value, block): each of those holds an entry that precedes
+    every entry of every other block, ties included. No size here depends on the values: the host never waits.
     """
-    least_C = logits_CV.topk(count, dim=-1, sorted=False).values.amin(-1)
-    rows, columns = (logits_CV >= least_C[:, None]).nonzero(as_tuple=True)
-    per_row_C = torch.bincount(rows, minlength=logits_CV.shape[0])
-    num_candidates = max(int(per_row_C.max()), count)
-    places = torch.arange(rows.shape[0], device=rows.device) - (per_row_C.cumsum(0) - per_row_C)[rows]
-    keys_CM = rows.new_full((logits_CV.shape[0], num_candidates), _NO_KEY)
-    keys_CM[rows, places] = _keys(logits_CV[rows, columns], columns + first_id)
-    return keys_CM
+    num_columns, width = logits_CV.shape[1], _block_width(logits_CV.shape[1], count)
+    num_blocks, rest = divmod(num_columns, width)
+    if num_blocks <= count:
+        return _keys(logits_CV, _positions(num_columns, logits_CV) + first_id).topk(count, dim=-1).values
+    blocks_CBW = logits_CV[:, : num_blocks * width].unflatten(1, (num_blocks, width))
+    peaks_CB = _keys(blocks_CBW.amax(-1), _positions(num_blocks, logits_CV))
+    chosen_CK1 = _ids(peaks_CB.topk(count, dim=-1, sorted=False).values)[..., None]
+    values_CKW = blocks_CBW.gather(1, chosen_CK1.expand(-1, -1, width))
+    columns_CKW = chosen_CK1 * width + _positions(width, logits_CV)
+    keys_CM = _keys(values_CKW, columns_CKW + first_id).flatten(1)
+    if rest:
+        columns = _positions(rest, logits_CV) + (num_columns - rest)
+        keys_CM = torch.cat((keys_CM, _keys(logits_CV[:, num_columns - rest :], columns + first_id)), -1)
+    return keys_CM.topk(count, dim=-1).values
+
+
+def _block_width(num_columns: int, count: int) -> int:
+    """A power of two near the width that makes the blocks as many as the entries of ``count`` of them."""
+    return 2 ** max(3, round(math.log2(num_columns / count) / 2))
+
+
+def _positions(size: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(size, device=like.device)
 
 
 def _keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

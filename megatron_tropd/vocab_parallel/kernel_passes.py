@@ -1,4 +1,4 @@
-"""The Triton twins in the definition's terms: ids, aligned teachers, objectives' derivatives.
+"""The kernels in the definition's terms: ids, aligned teachers, objectives' derivatives.
 
 A kernel works on adjacent columns that one tensor holds of each model. Where the models' shard boundaries do not line
 up, the student's shard is a few such pieces (`TeacherColumns`): each is one launch, and pieces join as ranks do.
@@ -9,21 +9,126 @@ each, ``E`` all these ids together, ``V`` vocabulary shard, ``P`` pieces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from megatron_tropd.kernels import gradient as gradient_kernels
-from megatron_tropd.kernels import mixture as mixture_kernels
-from megatron_tropd.kernels import statistics as statistics_kernels
-from megatron_tropd.kernels.gradient import Coefficients, Entries
-from megatron_tropd.kernels.tiles import Columns
+from megatron_tropd.kernels.arguments import Coefficients, Columns, Entries
 from megatron_tropd.objectives import ExactDivergence
 from megatron_tropd.vocab_parallel.divergences import Divergence
 from megatron_tropd.vocab_parallel.gradient import RowIds, StudentTerms, dense_coefficients
 from megatron_tropd.vocab_parallel.shards import TeacherColumns
 
-shard_statistics = statistics_kernels.shard_statistics
+
+class Kernels(Protocol):
+    """What `megatron_tropd.kernels.triton_kernels` and `megatron_tropd.kernels.compiled` offer."""
+
+    shard_statistics: Callable[..., torch.Tensor]
+    pair_statistics: Callable[..., torch.Tensor]
+    mixture_statistics: Callable[..., torch.Tensor]
+    write_gradient: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class KernelPasses:
+    """The passes of the definition (`statistics`, `divergences`, `gradient`) on one set of kernels."""
+
+    kernels: Kernels
+
+    def shard_statistics(
+        self, logits_TV: torch.Tensor, rows_N: torch.Tensor, ids_N: torch.Tensor, held: range
+    ) -> torch.Tensor:
+        """Twin of `statistics.shard_statistics`."""
+        return self.kernels.shard_statistics(logits_TV, rows_N, ids_N, held)
+
+    def pair_statistics(
+        self,
+        student_logits_TV: torch.Tensor,
+        teacher: TeacherColumns,
+        rows_N: torch.Tensor,
+        ids_N: torch.Tensor,
+        held: range,
+    ) -> torch.Tensor:
+        """Twin of `statistics.pair_statistics`."""
+        found = [
+            self.kernels.pair_statistics(piece.student, piece.teacher, ids_N, held.start + piece.first)
+            for piece in _pieces(student_logits_TV, teacher, rows_N)
+        ]
+        if not found:
+            nothing_N4 = torch.zeros(rows_N.shape[0], 4, device=rows_N.device)
+            return torch.cat((torch.full_like(nothing_N4, float("-inf")), nothing_N4), -1)
+        return found[0] if len(found) == 1 else _join(torch.stack(found))
+
+    def jsd_statistics(
+        self,
+        student_logits_TV: torch.Tensor,
+        teacher: TeacherColumns,
+        rows_N: torch.Tensor,
+        student_log_sum_exp_N: torch.Tensor,
+        teacher_log_sum_exp_N: torch.Tensor,
+        beta: float,
+    ) -> torch.Tensor:
+        """Twin of `divergences.jsd_statistics`."""
+        normalizers = student_log_sum_exp_N, teacher_log_sum_exp_N
+        return self._mixture_statistics(student_logits_TV, teacher, rows_N, normalizers, beta)[:, :2]
+
+    def skew_statistics(
+        self,
+        student_logits_TV: torch.Tensor,
+        teacher: TeacherColumns,
+        rows_N: torch.Tensor,
+        student_log_sum_exp_N: torch.Tensor,
+        teacher_log_sum_exp_N: torch.Tensor,
+        beta: float,
+        kind: ExactDivergence,
+    ) -> torch.Tensor:
+        """Twin of `divergences.skew_statistics`."""
+        normalizers = student_log_sum_exp_N, teacher_log_sum_exp_N
+        sums_N3 = self._mixture_statistics(student_logits_TV, teacher, rows_N, normalizers, beta)
+        return sums_N3[:, 0::2] if kind == "skew_reverse_kl" else sums_N3[:, 1:]
+
+    def _mixture_statistics(
+        self,
+        student_logits_TV: torch.Tensor,
+        teacher: TeacherColumns,
+        rows_N: torch.Tensor,
+        normalizers: tuple[torch.Tensor, torch.Tensor],
+        beta: float,
+    ) -> torch.Tensor:
+        sums_N3 = torch.zeros(rows_N.shape[0], 3, device=rows_N.device)
+        for piece in _pieces(student_logits_TV, teacher, rows_N):
+            sums_N3 += self.kernels.mixture_statistics(piece.student, piece.teacher, *normalizers, beta)
+        return sums_N3
+
+    def student_gradient(
+        self,
+        student_logits_TV: torch.Tensor,
+        terms: StudentTerms,
+        log_prob_grads: tuple[torch.Tensor, ...],
+        divergence_grad_N: torch.Tensor | None,
+        gradient_TV: torch.Tensor,
+    ) -> None:
+        """Twin of `gradient.student_gradient`."""
+        if not terms.held:
+            gradient_TV.zero_()
+            return
+        coefficients = _coefficients(terms, log_prob_grads, divergence_grad_N)
+        entries = _entries(terms.read_ids, log_prob_grads, terms.rows_N.shape[0])
+        start = terms.held.start
+        if terms.divergence is None or divergence_grad_N is None:
+            student = Columns(student_logits_TV[:, : len(terms.held)], terms.rows_N)
+            self.kernels.write_gradient(student, None, coefficients, entries, gradient_TV, start)
+            return
+        pieces = _pieces(student_logits_TV, terms.divergence.teacher, terms.rows_N)
+        # The last piece also fills the columns that are padding.
+        ends = [*(piece.first for piece in pieces[1:]), gradient_TV.shape[1]]
+        for piece, end in zip(pieces, ends, strict=True):
+            self.kernels.write_gradient(
+                piece.student, piece.teacher, coefficients, entries, gradient_TV[:, piece.first : end],
+                start + piece.first, teacher_by_position=piece.received,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,24 +155,6 @@ def _pieces(student_logits_TV: torch.Tensor, teacher: TeacherColumns, rows_N: to
     return sorted((piece for piece in found if piece.student.logits_TV.shape[1]), key=lambda piece: piece.first)
 
 
-def pair_statistics(
-    student_logits_TV: torch.Tensor,
-    teacher: TeacherColumns,
-    rows_N: torch.Tensor,
-    ids_N: torch.Tensor,
-    held: range,
-) -> torch.Tensor:
-    """Twin of `statistics.pair_statistics`."""
-    found = [
-        statistics_kernels.pair_statistics(piece.student, piece.teacher, ids_N, held.start + piece.first)
-        for piece in _pieces(student_logits_TV, teacher, rows_N)
-    ]
-    if not found:
-        nothing_N4 = torch.zeros(rows_N.shape[0], 4, device=rows_N.device)
-        return torch.cat((torch.full_like(nothing_N4, float("-inf")), nothing_N4), -1)
-    return found[0] if len(found) == 1 else _join(torch.stack(found))
-
-
 def _join(pieces_PN8: torch.Tensor) -> torch.Tensor:
     """`statistics.merge_pair`, but to the same eight floats, and for models that may have no mass here at all."""
     pieces_PN8 = pieces_PN8.double()
@@ -85,75 +172,6 @@ def _join(pieces_PN8: torch.Tensor) -> torch.Tensor:
     chained = [(masses * values).masked_fill(masses == 0, 0).sum(0) for masses, values in terms]
     tokens = pieces_PN8[..., 1].amax(0), pieces_PN8[..., 3].amax(0)
     return torch.stack((log_s_N, tokens[0], log_t_N, tokens[1], *chained), -1).float()
-
-
-def jsd_statistics(
-    student_logits_TV: torch.Tensor,
-    teacher: TeacherColumns,
-    rows_N: torch.Tensor,
-    student_log_sum_exp_N: torch.Tensor,
-    teacher_log_sum_exp_N: torch.Tensor,
-    beta: float,
-) -> torch.Tensor:
-    """Twin of `divergences.jsd_statistics`."""
-    normalizers = student_log_sum_exp_N, teacher_log_sum_exp_N
-    return _mixture_statistics(student_logits_TV, teacher, rows_N, normalizers, beta)[:, :2]
-
-
-def skew_statistics(
-    student_logits_TV: torch.Tensor,
-    teacher: TeacherColumns,
-    rows_N: torch.Tensor,
-    student_log_sum_exp_N: torch.Tensor,
-    teacher_log_sum_exp_N: torch.Tensor,
-    beta: float,
-    kind: ExactDivergence,
-) -> torch.Tensor:
-    """Twin of `divergences.skew_statistics`."""
-    normalizers = student_log_sum_exp_N, teacher_log_sum_exp_N
-    sums_N3 = _mixture_statistics(student_logits_TV, teacher, rows_N, normalizers, beta)
-    return sums_N3[:, 0::2] if kind == "skew_reverse_kl" else sums_N3[:, 1:]
-
-
-def _mixture_statistics(
-    student_logits_TV: torch.Tensor,
-    teacher: TeacherColumns,
-    rows_N: torch.Tensor,
-    normalizers: tuple[torch.Tensor, torch.Tensor],
-    beta: float,
-) -> torch.Tensor:
-    sums_N3 = torch.zeros(rows_N.shape[0], 3, device=rows_N.device)
-    for piece in _pieces(student_logits_TV, teacher, rows_N):
-        sums_N3 += mixture_kernels.mixture_statistics(piece.student, piece.teacher, *normalizers, beta)
-    return sums_N3
-
-
-def student_gradient(
-    student_logits_TV: torch.Tensor,
-    terms: StudentTerms,
-    log_prob_grads: tuple[torch.Tensor, ...],
-    divergence_grad_N: torch.Tensor | None,
-    gradient_TV: torch.Tensor,
-) -> None:
-    """Twin of `gradient.student_gradient`."""
-    if not terms.held:
-        gradient_TV.zero_()
-        return
-    coefficients = _coefficients(terms, log_prob_grads, divergence_grad_N)
-    entries = _entries(terms.read_ids, log_prob_grads, terms.rows_N.shape[0])
-    start = terms.held.start
-    if terms.divergence is None or divergence_grad_N is None:
-        student = Columns(student_logits_TV[:, : len(terms.held)], terms.rows_N)
-        gradient_kernels.write_gradient(student, None, coefficients, entries, gradient_TV, start)
-        return
-    pieces = _pieces(student_logits_TV, terms.divergence.teacher, terms.rows_N)
-    # The last piece also fills the columns that are padding.
-    ends = [*(piece.first for piece in pieces[1:]), gradient_TV.shape[1]]
-    for piece, end in zip(pieces, ends, strict=True):
-        gradient_kernels.write_gradient(
-            piece.student, piece.teacher, coefficients, entries, gradient_TV[:, piece.first : end],
-            start + piece.first, teacher_by_position=piece.received,
-        )  # fmt: skip
 
 
 def _coefficients(
