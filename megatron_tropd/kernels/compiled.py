@@ -17,8 +17,9 @@ import torch
 
 from megatron_tropd.kernels.arguments import Coefficients, Columns, Entries
 
-# Elements of a copy of scattered rows: small beside a shard, large beside the cost of a call.
-_COPY_ELEMENTS = 2**21
+# Elements of a block of rows: its second and third reading come from the cache, and a copy of it, where rows are
+# scattered, is small beside a shard; large beside the cost of a call.
+_BLOCK_ELEMENTS = 2**20
 
 
 def shard_statistics(logits_TV: torch.Tensor, rows_N: torch.Tensor, ids_N: torch.Tensor, held: range) -> torch.Tensor:
@@ -274,12 +275,11 @@ def _blocks(columns: Columns) -> Iterator[tuple[slice, torch.Tensor]]:
 def _pair_blocks(
     student: Columns, teacher: Columns | None
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """(where in N, logits of both): everything at once as a view, or copies of a few rows."""
+    """(where in N, logits of both) of a few rows at a time: views, or copies where the rows are not consecutive."""
     num_rows, width = student.rows_N.shape[0], student.logits_TV.shape[1]
     if not num_rows:
         return
-    views = all(isinstance(_rows(columns.rows_N), slice) for columns in (student, teacher) if columns is not None)
-    size = num_rows if views else max(_COPY_ELEMENTS // max(width, 1), 1)
+    size = max(_BLOCK_ELEMENTS // max(width, 1), 1)
     for start in range(0, num_rows, size):
         span = slice(start, min(start + size, num_rows))
         yield span, _read(student, span), None if teacher is None else _read(teacher, span)
