@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 import vocab_parallel_cases
 from ranks import run_ranks
-from vocab_parallel_cases import Case, check_against_dense, make_case, relative_error, run_sharded
+from vocab_parallel_cases import Case, NoHostWait, check_against_dense, make_case, relative_error, run_sharded
 
 from megatron_tropd.kernels.backend import BACKEND_VARIABLE, chosen_backend
 from megatron_tropd.objectives import ExactDivergence, preset
-from megatron_tropd.vocab_parallel import divergences, gradient, statistics
+from megatron_tropd.vocab_parallel import OutputHead, divergences, fused_head_loss, gradient, measure, statistics
 from megatron_tropd.vocab_parallel.divergences import Divergence
 from megatron_tropd.vocab_parallel.gradient import RowIds, StudentTerms
 from megatron_tropd.vocab_parallel.shards import TeacherColumns
@@ -331,12 +331,34 @@ def _check_excluded(case: Case) -> None:
         assert relative_error(found, wanted.double()) < FP32
 
 
+def check_that_the_host_never_waits() -> None:
+    """Both heads, loss and backward as on CUDA: no operation but the kernels' launches needs a value on the host."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH, weight_VH = torch.randn(40, 8, generator=generator), torch.randn(70, 8, generator=generator)
+    teacher = OutputHead(hidden_NH.clone(), weight_VH + 0.3 * torch.randn(70, 8, generator=generator))
+    tokens_N, regions_N = torch.randint(0, 70, (40,)), torch.randint(1, 3, (40,))
+    objectives = [preset("tropd", top_k=7), preset("fkl", top_k=7), preset("tropd-exact"), preset("jsd-exact")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_host_waits", lambda _tensor: True)
+        for objective, recompute in itertools.product(objectives, (False, True)):
+            student = OutputHead(hidden_NH.clone().requires_grad_(), weight_VH.clone().requires_grad_())
+            with NoHostWait():
+                loss_N, _ = fused_head_loss(
+                    student, teacher, tokens_N, regions_N, objective, vocab_size=66, chunk_size=16,
+                    full_statistics=True, uniforms_N=torch.rand(40), recompute=recompute, check=False,
+                )  # fmt: skip
+                loss_N.sum().backward()
+            assert student.hidden_NH.grad is not None and student.hidden_NH.grad.any()
+
+
 def run_all() -> dict[str, Any]:
     """Triton comes in here: `ranks` has set the environment by now."""
     from megatron_tropd.kernels import triton_kernels
     from megatron_tropd.vocab_parallel.kernel_passes import KernelPasses
 
     rank = dist.get_rank()
+    if rank == 0:
+        check_that_the_host_never_waits()
     single = [check_statistics, check_gradient, check_mixture, check_pieces][rank](KernelPasses(triton_kernels))
     if rank == 3:
         check_edges()

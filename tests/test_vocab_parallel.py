@@ -478,3 +478,26 @@ def test_the_best_keys_of_a_row_are_those_of_its_best_blocks(width: int, top_k: 
         found = _ids(_best_keys(logits, 1000, top_k)) - 1000
         wanted = [sorted(range(width), key=lambda i, row=row: (-row[i], i))[:top_k] for row in logits.tolist()]
         assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.5])
+def test_the_host_need_not_know_which_tokens_need_a_top_k(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+    """The path for GPUs: room for a quarter of the tokens (enough with little noise, else once more for all)."""
+    from megatron_tropd.vocab_parallel import measure
+
+    case = make_case(103, 112, 112, num_tokens=400)
+    student_TV = case.student_TV.nan_to_num(0.0)
+    teacher_TV = (student_TV + noise * (case.teacher_TV - student_TV)).nan_to_num(posinf=0.0)
+    case = dataclasses.replace(case, teacher_TV=teacher_TV)
+    for objective in (objective for objective in VARIANTS if objective.needs_top_k):
+        wanted_loss, wanted_report, wanted_gradient = run_sharded(case, objective, None)
+        monkeypatch.setattr(measure, "_host_waits", lambda _tensor: True)
+        loss, report, gradient = run_sharded(case, objective, None)
+        monkeypatch.undo()
+        assert torch.equal(loss, wanted_loss) and torch.equal(gradient, wanted_gradient)
+        for name, value in wanted_report.items():
+            torch.testing.assert_close(report[name], value, atol=1e-6, rtol=1e-6, msg=f"{objective.name}: {name}")
+        if objective.few_need_top_k and objective.gate == "bernoulli":
+            outliers = int(report.outlier.count_nonzero())
+            capacity = measure.top_k_capacity(objective, int((case.regions_T != 0).sum()))
+            assert 0 < outliers <= capacity if noise == 0.2 else outliers > capacity

@@ -209,6 +209,20 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoHostWait(TorchDispatchMode):
+    """Refuses every operation in the block whose result's size, or whose host value, depends on a tensor's values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.FORBIDDEN, name
+        assert name != "repeat_interleave" or (kwargs or {}).get("output_size") is not None, name
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class MemoryUse:
     """Bytes, relative to the start of the block."""

@@ -76,6 +76,11 @@ class Objective:
         return self.on_policy in ("asymmetric", "entropy", "mixture", "top_k_reverse_kl")
 
     @property
+    def few_need_top_k(self) -> bool:
+        """Whether the top-k is for outliers of a hard gate alone: few tokens, known only after the statistics."""
+        return self.needs_top_k and self.on_policy == "sampled" and self.gate in ("bernoulli", "static")
+
+    @property
     def needs_pair(self) -> bool:
         """Whether the loss reads full-vocabulary entropies or KLs, the 8-float form of the statistics."""
         return self.on_policy in ("entropy", "reverse_kl", "forward_kl", "gated_kl")

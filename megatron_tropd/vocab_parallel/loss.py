@@ -122,7 +122,7 @@ def apply_objective(
     assert student_log_probs_N is not None
     top_k_divergence_N = torch.zeros_like(student_log_probs_N)
     if found.top_k is not None and top_k_OK is not None:
-        divergence_O = top_k_divergence(objective, top_k_OK, found.top_k.teacher_OK)
+        divergence_O = top_k_divergence(objective, top_k_OK, found.top_k.teacher_OK).where(found.top_k.needed_O, 0)
         top_k_divergence_N = top_k_divergence_N.index_copy(0, found.top_k.rows_O, divergence_O)
     loss_N = token_losses(
         objective,
@@ -189,7 +189,8 @@ def _report(objective: Objective, found: Measurements, top_k_divergence_N: torch
     if teacher is not None and found.rewards_N is not None:
         mass_N = torch.zeros_like(found.trust_N)
         if found.top_k is not None:
-            mass_N[found.top_k.rows_O] = found.top_k.teacher_OK.exp().sum(-1)
+            mass_O = found.top_k.teacher_OK.exp().sum(-1).where(found.top_k.needed_O, 0)
+            mass_N = mass_N.index_copy(0, found.top_k.rows_O, mass_O)
         named |= {
             "teacher_log_prob": teacher.log_probs_N,
             "reward": found.rewards_N,

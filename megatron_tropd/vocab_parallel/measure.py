@@ -20,6 +20,8 @@ from megatron_tropd.vocab_parallel.shards import TeacherColumns, align_teacher, 
 from megatron_tropd.vocab_parallel.statistics import ModelStatistics, PairStatistics, merge_model, merge_pair
 from megatron_tropd.vocab_parallel.top_k import global_top_k
 
+_MIN_CAPACITY = 64
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -75,7 +77,9 @@ class TopKLogProbs:
     """Log-probs at the teacher's top-k ids of the tokens that need them."""
 
     rows_O: torch.Tensor
-    """Positions in N."""
+    """Positions in N, ascending."""
+    needed_O: torch.Tensor
+    """bool: the others are only there to fill a fixed number of rows."""
     ids_OK: torch.Tensor
     student_OK: torch.Tensor
     teacher_OK: torch.Tensor
@@ -177,8 +181,63 @@ def _top_k(
     weights_N: torch.Tensor,
     teacher: TeacherColumns | None,
 ) -> TopKLogProbs | None:
-    """The top-k of the tokens with a weight. All ranks see the same weights, so all take part or none does."""
-    rows_O = weights_N.nonzero()[:, 0]
+    """The top-k of the tokens with a weight. All ranks see the same weights, so all take part or none does.
+
+    On a GPU the host does not wait to learn which tokens these are: it enqueues the work for a fixed number of them
+    (the tokens with a weight first, then others, which change nothing) and looks only then whether they were too few,
+    while the GPU is busy with that work. Too few: once more for every token.
+    """
+    needed_N = weights_N != 0
+    if not _host_waits(weights_N):
+        return _top_k_of(needed_N.nonzero()[:, 0], needed_N, shards, tokens, objective, statistics, teacher)
+    capacity = top_k_capacity(objective, weights_N.shape[0])
+    rows_O = needed_N.int().argsort(descending=True, stable=True)[:capacity].sort().values
+    too_few = _ReadLater(needed_N.sum() > capacity)
+    top_k = _top_k_of(rows_O, needed_N, shards, tokens, objective, statistics, teacher)
+    if capacity < weights_N.shape[0] and too_few.read():
+        every_N = torch.arange(weights_N.shape[0], device=weights_N.device)
+        top_k = _top_k_of(every_N, needed_N, shards, tokens, objective, statistics, teacher)
+    return top_k
+
+
+def top_k_capacity(objective: Objective, num_tokens: int) -> int:
+    """Rows to enqueue before their number is known: a quarter where only outliers need a top-k (8 % of the tokens are
+    typical), else all."""
+    return max(_MIN_CAPACITY, num_tokens // 4) if objective.few_need_top_k else num_tokens
+
+
+def _host_waits(tensor: torch.Tensor) -> bool:
+    """Whether reading a value of this tensor stalls the host until the device gets there."""
+    return tensor.is_cuda
+
+
+class _ReadLater:
+    """A flag on the device, on its way to the host."""
+
+    def __init__(self, flag: torch.Tensor):
+        self._flag, self._event = flag, None
+        if flag.is_cuda:
+            self._flag = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> bool:
+        """Waits for what was enqueued before the flag, not for what came after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
+def _top_k_of(
+    rows_O: torch.Tensor,
+    needed_N: torch.Tensor,
+    shards: Shards,
+    tokens: Tokens,
+    objective: Objective,
+    statistics: Statistics,
+    teacher: TeacherColumns | None,
+) -> TopKLogProbs | None:
+    """The top-k of these positions in N."""
     if not rows_O.numel() or statistics.teacher is None:
         return None
     rows = tokens.rows_N[rows_O]
@@ -187,6 +246,7 @@ def _top_k(
     top_k = global_top_k(shards.student_TV, columns, rows, shards.student_ids(), count, shards.group)
     return TopKLogProbs(
         rows_O=rows_O,
+        needed_O=needed_N[rows_O],
         ids_OK=top_k.ids_OK,
         student_OK=top_k.student_logits_OK - statistics.student.log_sum_exp_N[rows_O, None],
         teacher_OK=top_k.teacher_logits_OK - statistics.teacher.log_sum_exp_N[rows_O, None],
