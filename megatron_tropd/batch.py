@@ -166,6 +166,7 @@ def _micro_batch(
         uniforms_BS=_gate_uniforms(seed, sample_ids, num_positions).to(device),
         rollout_log_probs_BS=torch.from_numpy(log_probs_BS).to(device),
         weights_BS=torch.from_numpy(weights_BS).to(device),
+        loss_positions_N=torch.from_numpy(terms_BS.ravel().nonzero()[0]).to(device),
         sample_ids=sample_ids,
         num_loss_terms=int(terms_BS.any(axis=1).sum() if normalization == "sequences" else terms_BS.sum()),
     )

@@ -47,16 +47,16 @@ def token_sums(
 
     ``loss_N`` and the report's tensors hold one value for each position that carries loss, weighted as in the loss.
     """
-    regions_N = batch.regions_BS[batch.regions_BS != TokenRegion.NONE]
-    on_policy_N = regions_N == TokenRegion.ON_POLICY
-    gap_N = (report["student_log_prob"] - batch.rollout_log_probs_BS[batch.regions_BS != TokenRegion.NONE]).abs()
+    on_policy_N = batch.regions_BS.flatten()[batch.loss_positions_N] == TokenRegion.ON_POLICY
+    gap_N = (report["student_log_prob"] - batch.rollout_log_probs_BS.flatten()[batch.loss_positions_N]).abs()
 
-    def total(name: str, mask: torch.Tensor) -> torch.Tensor:
-        return report[name][mask].double().sum() if name in report else loss_N.new_zeros((), dtype=torch.float64)
+    # Masks, not selections: a selection's size would have to come back from the device.
+    def total(name: str, mask_N: torch.Tensor) -> torch.Tensor:
+        return _sum(report[name], mask_N) if name in report else loss_N.new_zeros((), dtype=torch.float64)
 
     def estimate(estimator: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        rewards = report["reward"][on_policy_N] if "reward" in report else loss_N[:0]
-        return estimator(rewards.double()).sum()
+        rewards_N = report["reward"] if "reward" in report else torch.zeros_like(loss_N)
+        return _sum(estimator(rewards_N.double()), on_policy_N)
 
     has_top_k_N = report["teacher_top_k_mass"] > 0 if "teacher_top_k_mass" in report else torch.zeros_like(on_policy_N)
     everywhere_N = torch.ones_like(on_policy_N)
@@ -68,7 +68,7 @@ def token_sums(
         total("outlier", on_policy_N),
         total("reward", on_policy_N),
         total("p_trust", on_policy_N),
-        gap_N[on_policy_N].double().sum(),
+        _sum(gap_N, on_policy_N),
         has_top_k_N.double().sum(),
         total("teacher_top_k_mass", has_top_k_N),
         total("top_k_divergence", on_policy_N),
@@ -77,17 +77,21 @@ def token_sums(
         total("student_entropy", everywhere_N),
         total("teacher_entropy", everywhere_N),
     ]
+    nowhere_N = torch.zeros_like(on_policy_N)
     maxima = [
-        _maximum(-report["reward"][on_policy_N]) if "reward" in report else _maximum(loss_N[:0]),
-        _maximum(gap_N[on_policy_N]),
+        _maximum(-report["reward"], on_policy_N) if "reward" in report else _maximum(loss_N, nowhere_N),
+        _maximum(gap_N, on_policy_N),
     ]
     return torch.stack(sums + maxima).detach()
 
 
-def _maximum(values: torch.Tensor) -> torch.Tensor:
-    if values.numel() == 0:
-        return torch.full((), -torch.inf, dtype=torch.float64, device=values.device)
-    return values.double().max()
+def _sum(values_N: torch.Tensor, mask_N: torch.Tensor) -> torch.Tensor:
+    return values_N.double().where(mask_N, 0).sum()
+
+
+def _maximum(values_N: torch.Tensor, mask_N: torch.Tensor) -> torch.Tensor:
+    nothing = values_N.new_full((1,), -torch.inf, dtype=torch.float64)
+    return torch.cat((values_N.double().where(mask_N, -torch.inf), nothing)).max()
 
 
 def reduce_sums(micro_batch_sums: list[torch.Tensor], layout: Layout) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.types import MicroBatch, OutputHeadMode, TokenRegion
+from megatron_tropd.types import MicroBatch, OutputHeadMode
 from megatron_tropd.vocab_parallel import OutputHead
 
 # isort: split
@@ -51,7 +51,7 @@ class StudentTeacherStage(torch.nn.Module):
         """Run both slices on one micro-batch.
 
         Last stage: the final hidden states ``[N, H]`` of both models at the positions that carry loss, in row-major
-        order of ``batch.regions_BS`` (their logits ``[N, V]`` with ``output_head="logits"``); prompt and padding
+        order (their logits ``[N, V]`` with ``output_head="logits"``); prompt and padding
         positions never reach the output layers. Earlier stages: the hidden states ``[S, B, H]``, the teacher's attached
         to the student's for the communicator.
         """
@@ -94,7 +94,7 @@ class StudentTeacherStage(torch.nn.Module):
             positions_BS,
             attention_mask=None,
             output_processor=_loss_position_logits if self.output_head == "logits" else loss_position_hidden,
-            output_processor_context=batch.regions_BS != TokenRegion.NONE,
+            output_processor_context=batch.loss_positions_N,
         )
 
 
@@ -106,7 +106,7 @@ def _output_weight(model: GPTModel) -> torch.Tensor:
 def loss_position_hidden(
     *, hidden_states: torch.Tensor, output_layer: Any, context: torch.Tensor, **_: Any
 ) -> torch.Tensor:
-    """Megatron's ``output_processor``: hidden states ``[N, H]`` of the rows that ``context`` (bool ``[B, S]``) selects.
+    """Megatron's ``output_processor``: hidden states ``[N, H]`` of the positions ``context`` (in ``[B * S]``).
 
     What the output layer does to its input happens here instead: under sequence parallelism ``[S / tp, B, H]`` is
     gathered, and the backward sums the gradient over the ranks that share the vocabulary.
@@ -114,8 +114,14 @@ def loss_position_hidden(
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())  # DDP's wait for the weights, which calling the layer would have run
     if output_layer.sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group).transpose(0, 1)[context]
-    return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1)[context], group=output_layer.tp_group)
+        return _select(gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group), context)
+    return copy_to_tensor_model_parallel_region(_select(hidden_states, context), group=output_layer.tp_group)
+
+
+def _select(hidden_SBH: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    """The rows ``[N, H]`` of these positions in ``[B * S]``; only they are copied."""
+    num_positions = hidden_SBH.shape[0]
+    return hidden_SBH[positions_N % num_positions, positions_N // num_positions]
 
 
 def _loss_position_logits(
@@ -126,8 +132,8 @@ def _loss_position_logits(
     context: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """Megatron's ``output_processor``: logits ``[N, V]`` of the rows that ``context`` (bool ``[B, S]``) selects."""
-    rows_N1H = hidden_states.transpose(0, 1)[context].unsqueeze(1)
+    """Megatron's ``output_processor``: logits ``[N, V]`` of the positions ``context`` (in ``[B * S]``)."""
+    rows_N1H = _select(hidden_states, context).unsqueeze(1)
     logits_N1V, _bias = output_layer(rows_N1H, weight=output_weight)
     return logits_N1V.squeeze(1)
 

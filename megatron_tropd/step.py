@@ -23,7 +23,7 @@ from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
-from megatron_tropd.types import Batch, MicroBatch, TokenRegion
+from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
 
 # isort: split
@@ -129,22 +129,22 @@ def _micro_batch_loss(
     The outputs are those of `StudentTeacherStage.forward`. Without response positions N is 0 and the sum is a zero that
     still has a gradient (of zeros).
     """
-    mask_BS = batch.regions_BS != TokenRegion.NONE
-    weighted_N, report = _weighted_losses(learner, batch, mask_BS, student_output, teacher_output)
-    bad_samples.extend(_samples_with_non_finite(batch, mask_BS, weighted_N))
-    loss_terms = _count_loss_terms(learner.normalization, batch, report["outlier"], mask_BS)
+    weighted_N, report = _weighted_losses(learner, batch, student_output, teacher_output)
+    bad_samples.extend(_samples_with_non_finite(batch, weighted_N))
+    loss_terms = _count_loss_terms(learner.normalization, batch, report["outlier"])
     return weighted_N.sum(), loss_terms, token_sums(batch, weighted_N, loss_terms, report)
 
 
 def _weighted_losses(
     learner: Learner,
     batch: MicroBatch,
-    mask_BS: torch.Tensor,
     student_output: torch.Tensor,
     teacher_output: torch.Tensor | None,
 ) -> tuple[torch.Tensor, LossReport]:
-    tokens_N, regions_N = batch.labels_BS[mask_BS], batch.regions_BS[mask_BS]
-    uniforms_N, weights_N = batch.uniforms_BS[mask_BS], batch.weights_BS[mask_BS]
+    tokens_N, regions_N, uniforms_N, weights_N = (
+        values_BS.flatten()[batch.loss_positions_N]
+        for values_BS in (batch.labels_BS, batch.regions_BS, batch.uniforms_BS, batch.weights_BS)
+    )
     sizes: dict[str, Any] = {"vocab_size": learner.vocab_size, "group": learner.layout.groups.tp}
     mode, full = learner.stage.output_head, teacher_output is not None
     if mode == "logits":
@@ -156,24 +156,22 @@ def _weighted_losses(
     return fused_head_loss(
         *learner.stage.heads(student_output, teacher_output), tokens_N, regions_N, learner.objective,
         uniforms_N=uniforms_N, weights_N=weights_N, full_statistics=full,
-        recompute=mode == "fused-recompute", chunk_size=learner.head_chunk_size, **sizes,
+        recompute=mode == "fused-recompute", chunk_size=learner.head_chunk_size, check=False, **sizes,
     )  # fmt: skip
 
 
-def _count_loss_terms(
-    normalization: Normalization, batch: MicroBatch, outlier_N: torch.Tensor, mask_BS: torch.Tensor
-) -> torch.Tensor:
+def _count_loss_terms(normalization: Normalization, batch: MicroBatch, outlier_N: torch.Tensor) -> torch.Tensor:
     """This micro-batch's share of the denominator, an int scalar: known before the forward, but for ``kept``."""
     if normalization == "kept":
-        return (mask_BS.sum() - (outlier_N > 0).sum()).int()
-    return torch.tensor(batch.num_loss_terms, dtype=torch.int, device=mask_BS.device)
+        return (outlier_N.shape[0] - (outlier_N > 0).sum()).int()
+    return torch.tensor(batch.num_loss_terms, dtype=torch.int, device=outlier_N.device)
 
 
-def _samples_with_non_finite(batch: MicroBatch, mask_BS: torch.Tensor, loss_N: torch.Tensor) -> list[int]:
+def _samples_with_non_finite(batch: MicroBatch, loss_N: torch.Tensor) -> list[int]:
     bad_N = ~torch.isfinite(loss_N.detach())
     if not bad_N.any():
         return []
-    rows = mask_BS.nonzero()[bad_N, 0].unique().tolist()
+    rows = (batch.loss_positions_N[bad_N] // batch.regions_BS.shape[1]).unique().tolist()
     return [batch.sample_ids[row] for row in rows]
 
 

@@ -94,6 +94,9 @@ class MicroBatch:
     """fp32 nats: what the engine returned for on-policy labels, 0 elsewhere."""
     weights_BS: torch.Tensor
     """fp32 weight of each position's loss in the sum (1 under token normalisation); 0 where the region is NONE."""
+    loss_positions_N: torch.Tensor
+    """int64: the positions that carry loss (region not NONE) in the flattened ``[B * S]``, ascending. Known when the
+    batch is built, so that nothing later waits for the device to learn how many they are."""
     sample_ids: tuple[int, ...]
     """The sample of each row; -1 for a row that only pads the micro-batch."""
     num_loss_terms: int

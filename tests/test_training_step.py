@@ -193,7 +193,9 @@ def _run_sequence_parallel_head() -> list[list]:
         )
         layer.weight.data.copy_(weight_VH.chunk(2)[rank])
         leaf_SBH = (hidden_SBH.chunk(2)[rank] if sequence_parallel else hidden_SBH).clone().requires_grad_()
-        rows_NH = loss_position_hidden(hidden_states=leaf_SBH, output_layer=layer, context=mask_BS)
+        rows_NH = loss_position_hidden(
+            hidden_states=leaf_SBH, output_layer=layer, context=mask_BS.flatten().nonzero()[:, 0]
+        )
         loss_N, _ = fused_head_loss(
             OutputHead(rows_NH, layer.weight), OutputHead(rows_NH.detach(), teacher_VH.chunk(2)[rank]), tokens_N,
             torch.full_like(tokens_N, 2), preset("fkl-exact"), vocab_size=20, group=layout.groups.tp, chunk_size=3,

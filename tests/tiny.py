@@ -128,6 +128,7 @@ def _micro_batch(rows: list[dict[str, np.ndarray]]) -> MicroBatch:
         uniforms_BS=pad("uniforms"),
         rollout_log_probs_BS=torch.zeros(regions.shape),
         weights_BS=(regions > 0).float(),
+        loss_positions_N=regions.flatten().nonzero()[:, 0],
         sample_ids=tuple(range(len(rows))),
         num_loss_terms=int((regions > 0).sum()),
     )
