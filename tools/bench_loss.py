@@ -1,15 +1,15 @@
 """What the loss costs beside other ways to compute it, on the same tensors in the same process.
 
     python tools/bench_loss.py --quick
-    torchrun --nproc-per-node 2 tools/bench_loss.py --json loss.jsonl
+    torchrun --nproc-per-node 2 tools/bench_loss.py --json loss.jsonl --markdown benchmarks/loss.md
 
-Rows: `distillation_loss` as it is (PyTorch on a CPU, Triton on CUDA), Megatron's `vocab_parallel_cross_entropy` twice
-(K1 only, bf16 logits: it overwrites fp32 ones), and a dense version with plain autograd (whole vocabulary on one rank,
-eager and compiled). Columns: median time of forward and backward (and its ratio to ours), extra peak memory in bytes
-per element of one logits shard, collectives, and the gradient's relative error against dense float64 on a few tokens.
-Absolute times depend on the machine and on who else uses it; ratios are what to quote.
+The peers (NVIDIA ModelOpt, Liger, TRL) are measured where they are installed: pip install '.[bench]' -c constraints.txt
+Timed steps of all implementations take turns, so that whatever else the machine does falls on all alike. Absolute times
+depend on the machine; the ratios are what to quote. On CUDA, --vocab 18992 is one rank's share of 151936 ids at tp 8.
 
-Shape suffixes: ``T`` tokens, ``V`` vocabulary (of this rank unless said otherwise).
+Columns: median time of forward and backward, and its ratio to `ours` and to `ours, compiled`; extra peak memory, what
+stays from forward to backward, and traffic of PyTorch operations (not counted inside compiled code or Triton), all in
+bytes per element of one logits shard; collectives; and the gradient's relative error against dense float64.
 """
 
 from __future__ import annotations
@@ -19,61 +19,27 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-from megatron_tropd.objectives import Objective, preset
-from megatron_tropd.vocab_parallel import distillation_loss
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from loss_bench import costs
+from loss_bench.cases import CASES, ERROR_TOKENS, gradient_error, make_inputs
+from loss_bench.implementations import Implementation, implementations
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from dense_reference import dense_loss  # type: ignore[import-not-found]
-from vocab_parallel_cases import measure_memory, relative_error, unshard  # type: ignore[import-not-found]
-
-CASES = {
-    "K1": preset("opd"),
-    "top-k FKL": preset("fkl"),
-    "FKL": preset("fkl-exact"),
-    "RKL": preset("rkl-exact"),
-    "JSD": preset("jsd-exact"),
-    "TrOPD mix": preset("tropd"),
-}
-"""The mix: one token in five is guidance, and about 8 % of the others are outliers; all metrics."""
-ERROR_TOKENS = 16
-
-LossFunction = Callable[["Inputs", Objective], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """This rank's shards; the vocabulary divides evenly."""
-
-    student_TV: torch.Tensor
-    teacher_TV: torch.Tensor
-    tokens_T: torch.Tensor
-    regions_T: torch.Tensor
-    uniforms_T: torch.Tensor
-    group: dist.ProcessGroup
-    vocab_size: int
-
-    def head(self, count: int) -> Inputs:
-        """The first tokens, in tensors of their own."""
-        names = ("student_TV", "teacher_TV", "tokens_T", "regions_T", "uniforms_T")
-        return replace(self, **{name: getattr(self, name)[:count].clone() for name in names})
+FLOOR_BYTES = {"K1": 8, "top-k FKL": 8, "TrOPD mix": 8, "FKL": 10, "RKL": 10, "JSD": 14}
+"""Least bytes per element that forward and backward must read and write of bf16 logits (PERFORMANCE section 3)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; None where ``note`` says why there is no figure."""
+    """One line of the table; None where ``note`` says why there is no figure, or where it cannot be counted."""
 
     case: str
     implementation: str
@@ -81,243 +47,204 @@ class Row:
     tp: int
     time_ms: float | None = None
     time_ratio: float | None = None
+    """To `ours`: eager PyTorch on a CPU, Triton on CUDA."""
+    time_ratio_compiled: float | None = None
+    """To `ours, compiled`."""
     peak_bytes_per_element: float | None = None
+    kept_bytes_per_element: float | None = None
+    bytes_moved_per_element: float | None = None
     collectives: int | None = None
     gradient_error: float | None = None
+    bandwidth_share: float | None = None
+    """CUDA: of the copy bandwidth, over the floor's bytes."""
     note: str = ""
 
 
-def ours(inputs: Inputs, objective: Objective) -> torch.Tensor:
-    """As the trainer calls it: the gradient takes the logits' place."""
-    loss_T, _ = distillation_loss(
-        inputs.student_TV,
-        inputs.teacher_TV,
-        inputs.tokens_T,
-        inputs.regions_T,
-        objective,
-        vocab_size=inputs.vocab_size,
-        group=inputs.group,
-        uniforms_T=inputs.uniforms_T,
-        full_statistics=objective.name == "tropd",
-        inplace_backward=True,
-    )
-    return loss_T
+@dataclass(frozen=True)
+class Bar:
+    """A figure of PERFORMANCE section 4 that a table of this machine can decide."""
+
+    what: str
+    case: str
+    peer: str
+    compiled: bool
+    at_least: float
 
 
-def megatron(inputs: Inputs, objective: Objective) -> torch.Tensor:
-    """K1 from two cross-entropies."""
-
-    def log_probs(logits_TV: torch.Tensor) -> torch.Tensor:
-        losses = vocab_parallel_cross_entropy(logits_TV[:, None], inputs.tokens_T[:, None], tp_group=inputs.group)
-        return -losses[:, 0]
-
-    with torch.no_grad():
-        teacher_T = log_probs(inputs.teacher_TV)
-    student_T = log_probs(inputs.student_TV)
-    return -(teacher_T - student_T.detach()) * student_T
-
-
-def naive(inputs: Inputs, objective: Objective) -> torch.Tensor:
-    """Whole log-softmaxes in fp32."""
-    log_p, log_q = inputs.student_TV.float().log_softmax(-1), inputs.teacher_TV.float().log_softmax(-1)
-    at = inputs.tokens_T[:, None]
-    log_p_x, log_q_x = log_p.gather(1, at)[:, 0], log_q.gather(1, at)[:, 0]
-    reward = (log_q_x - log_p_x).detach()
-    if objective.name == "opd":
-        return -reward * log_p_x
-    if objective.name == "fkl-exact":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    if objective.name == "rkl-exact":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if objective.name == "jsd-exact":
-        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-        return 0.5 * ((log_q.exp() * (log_q - log_m)).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1))
-    top_q, ids = log_q.topk(objective.top_k)
-    forward_kl = (top_q.exp() * (top_q - log_p.gather(1, ids))).sum(-1)
-    if objective.name == "fkl":
-        return forward_kl
-    on_policy = torch.where(inputs.uniforms_T < reward.exp(), -reward * log_p_x, forward_kl)
-    return torch.where(inputs.regions_T == 1, -objective.guidance_beta * log_p_x, on_policy)
+BARS = [
+    Bar("K1, eager, beside Megatron's cross-entropy", "K1", "Megatron cross-entropy, twice", False, 1.8),
+    Bar("K1, compiled, beside Megatron's cross-entropy", "K1", "Megatron cross-entropy, twice", True, 2.7),
+    Bar("forward KL, eager, beside ModelOpt", "FKL", "ModelOpt LogitsKLLoss", False, 1.5),
+    Bar("forward KL, compiled, beside ModelOpt", "FKL", "ModelOpt LogitsKLLoss", True, 3.3),
+    Bar("TrOPD, eager, beside parts of Megatron and ModelOpt", "TrOPD mix", "Megatron + ModelOpt parts", False, 2.0),
+    Bar("TrOPD, compiled, beside parts of Megatron and ModelOpt", "TrOPD mix", "Megatron + ModelOpt parts", True, 5.0),
+    *(
+        Bar(f"{case}, compiled, beside dense code compiled", case, "dense, compiled", True, 1.3)
+        for case in CASES
+        if case != "fused head"
+    ),
+]
 
 
-def make_inputs(num_tokens: int, vocab_size: int, device: torch.device, *, mixed: bool) -> Inputs:
-    """Two similar models: sampled tokens are rejected about 8 % of the time. The same numbers at every tp."""
-    generator = torch.Generator().manual_seed(0)
-    student_TV = 2 * torch.randn(num_tokens, vocab_size, generator=generator)
-    teacher_TV = student_TV + 0.2 * torch.randn(num_tokens, vocab_size, generator=generator)
-    tokens_T = torch.multinomial(student_TV.softmax(-1), 1, generator=generator)[:, 0]
-    regions_T = torch.full((num_tokens,), 2)
-    if mixed:
-        regions_T[::5] = 1
-    size, rank = dist.get_world_size(), dist.get_rank()
-    student_TV, teacher_TV = (
-        logits.chunk(size, dim=1)[rank].bfloat16().to(device).contiguous() for logits in (student_TV, teacher_TV)
-    )
-    uniforms_T = torch.rand(num_tokens, generator=generator)
-    assert dist.group.WORLD is not None
-    return Inputs(
-        student_TV,
-        teacher_TV,
-        tokens_T.to(device),
-        regions_T.to(device),
-        uniforms_T.to(device),
-        dist.group.WORLD,
-        vocab_size,
-    )
+def measure_case(case: str, arguments: argparse.Namespace, device: torch.device, progress: tqdm) -> list[Row]:
+    """Every implementation's row; their timed steps take turns."""
+    inputs = make_inputs(case, arguments.tokens, arguments.vocab, device)
+    tp, rows, able = dist.get_world_size(), [], []
+    torch.compiler.reset()  # each objective is another function to the compiler, which gives up after eight
+    for implementation in (one for one in implementations(device) if case in one.cases):
+        obstacle = implementation.obstacle(device, tp)
+        if obstacle is None:
+            able.append(implementation)
+        rows.append(Row(case, implementation.name, implementation.ours, tp, note=obstacle or ""))
+    times: dict[str, list[float]] = {implementation.name: [] for implementation in able}
+    for repeat in range(arguments.repeats + 1):
+        for implementation in able:
+            progress.set_description(f"{case}: {implementation.name}")
+            with implementation.environment():
+                taken = costs.seconds(implementation, inputs, implementation.objective(case))
+            if repeat:  # the first warms up
+                times[implementation.name].append(taken)
+            progress.update()
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    measured = {one.name: _row(one, case, inputs, medians, device) for one in able}
+    return [measured.get(row.implementation, row) for row in rows]
 
 
-def step(loss: LossFunction, inputs: Inputs, objective: Objective) -> torch.Tensor:
-    """Forward and backward; returns the gradient."""
-    student_TV = inputs.student_TV.detach().requires_grad_()
-    loss(replace(inputs, student_TV=student_TV), objective).sum().backward()
-    assert student_TV.grad is not None
-    return student_TV.grad
-
-
-def fresh(inputs: Inputs) -> Inputs:
-    """A copy of what a step may overwrite."""
-    return replace(inputs, student_TV=inputs.student_TV.clone())
-
-
-def seconds(loss: LossFunction, inputs: Inputs, objective: Objective, repeats: int) -> float:
-    """Median, after one step to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        copy = fresh(inputs)
-        _synchronize(inputs)
-        start = time.perf_counter()
-        step(loss, copy, objective)
-        _synchronize(inputs)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def _synchronize(inputs: Inputs) -> None:
-    if inputs.student_TV.is_cuda:
-        torch.cuda.synchronize()
-    dist.barrier()
-
-
-def peak_bytes(loss: LossFunction, inputs: Inputs, objective: Objective) -> int:
-    """Beyond the two models' logits; a gradient of its own counts."""
-    copy = fresh(inputs)
-    if copy.student_TV.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(loss, copy, objective)
-        return torch.cuda.max_memory_allocated() - before
-    with measure_memory() as use:
-        step(loss, copy, objective)
-    return use.peak
-
-
-def gradient_error(loss: LossFunction, inputs: Inputs, objective: Objective) -> float:
-    """Against dense float64 on the first tokens."""
-    few = inputs.head(ERROR_TOKENS)
-    student_TV, teacher_TV = (unshard(logits, few.group).cpu() for logits in (few.student_TV, few.teacher_TV))
-    exact_TV = student_TV.double().requires_grad_()
-    wanted_T, _ = dense_loss(
-        exact_TV, teacher_TV, few.tokens_T.cpu(), few.regions_T.cpu(), objective, vocab_size=few.vocab_size,
-        uniforms_T=few.uniforms_T.cpu(),
-    )  # fmt: skip
-    wanted_T.sum().backward()
-    assert exact_TV.grad is not None
-    return relative_error(unshard(step(loss, few, objective), few.group).cpu(), exact_TV.grad)
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts the communication in the block."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.namespace == "c10d"
-        return func(*args, **(kwargs or {}))
-
-
-def count_collectives(loss: LossFunction, inputs: Inputs, objective: Objective) -> int:
-    """Forward and backward together."""
-    copy = fresh(inputs)
-    with CollectiveCounter() as counter:
-        step(loss, copy, objective)
-    return counter.count
-
-
-def measure(case: str, name: str, loss: LossFunction, inputs: Inputs, repeats: int) -> Row:
-    """Everything but the ratio."""
-    objective = CASES[case]
+def _row(
+    implementation: Implementation, case: str, inputs: costs.Inputs, medians: dict[str, float], device: torch.device
+) -> Row:
+    objective, elements = implementation.objective(case), inputs.num_logits
+    few = costs.fresh(inputs.head(ERROR_TOKENS))
+    with implementation.environment():
+        peak = costs.peak_bytes(implementation, inputs, objective)
+        kept = costs.kept_bytes(implementation, inputs, objective)
+        collectives, moved = costs.count(implementation, inputs, objective)
+        exact = inputs.head(ERROR_TOKENS)
+        error = gradient_error(exact, costs.step(implementation, few, objective), objective)
+    counted = not (implementation.opaque or implementation.backend in ("compile", "triton"))
+    own = medians[implementation.name]
+    share = None
+    if device.type == "cuda" and case in FLOOR_BYTES:
+        share = FLOOR_BYTES[case] * elements / own / costs.copy_bandwidth(device)
     return Row(
         case=case,
-        implementation=name,
-        ours=name == "ours",
+        implementation=implementation.name,
+        ours=implementation.ours,
         tp=dist.get_world_size(),
-        time_ms=1e3 * seconds(loss, inputs, objective, repeats),
-        peak_bytes_per_element=peak_bytes(loss, inputs, objective) / inputs.student_TV.numel(),
-        collectives=count_collectives(loss, inputs, objective),
-        gradient_error=gradient_error(loss, inputs, objective),
+        time_ms=1e3 * own,
+        time_ratio=own / medians["ours"],
+        time_ratio_compiled=own / medians["ours, compiled"],
+        peak_bytes_per_element=peak / elements,
+        kept_bytes_per_element=kept / elements,
+        bytes_moved_per_element=moved / elements if counted else None,
+        collectives=collectives,
+        gradient_error=error,
+        bandwidth_share=share,
     )
 
 
-def run_case(case: str, num_tokens: int, vocab_size: int, device: torch.device, repeats: int) -> list[Row]:
-    """Ours first; the others' times are relative to it."""
-    inputs = make_inputs(num_tokens, vocab_size, device, mixed=case == "TrOPD mix")
-    implementations: list[tuple[str, LossFunction]] = [("ours", ours)]
-    if case == "K1":
-        implementations.append(("Megatron cross-entropy, twice", megatron))
-    whole = dist.get_world_size() == 1
-    if whole:
-        # Each objective is a function of its own to the compiler, which gives up after eight of one name.
-        torch.compiler.reset()
-        compiled: LossFunction = torch.compile(naive, dynamic=False)
-        implementations += [("dense", naive), ("dense, compiled", compiled)]
-    rows = [measure(case, name, loss, inputs, repeats) for name, loss in implementations]
-    own = rows[0].time_ms
-    assert own is not None
-    rows = [replace(row, time_ratio=row.time_ms / own) for row in rows if row.time_ms is not None]
-    if not whole:
-        note = "needs the whole vocabulary on one rank"
-        rows.append(Row(case, "dense", ours=False, tp=dist.get_world_size(), note=note))
-    return rows
+COLUMNS = {
+    "ms": ("time_ms", ".1f"),
+    "time / ours": ("time_ratio", ".2f"),
+    "time / compiled": ("time_ratio_compiled", ".2f"),
+    "peak B/elem": ("peak_bytes_per_element", ".2f"),
+    "kept B/elem": ("kept_bytes_per_element", ".3f"),
+    "moved B/elem": ("bytes_moved_per_element", ".0f"),
+    "collectives": ("collectives", "d"),
+    "gradient error": ("gradient_error", ".1e"),
+    "of copy bandwidth": ("bandwidth_share", ".0%"),
+}
 
 
-def print_table(rows: list[Row], title: str) -> None:
+def cells(row: Row) -> list[str]:
+    """What a table shows of a row."""
+    values = [(getattr(row, name), spec) for name, spec in COLUMNS.values()]
+    name = f"{row.implementation}: {row.note}" if row.note else row.implementation
+    return [row.case, name, *("-" if value is None else format(value, spec) for value, spec in values)]
+
+
+def judge(rows: list[Row]) -> list[list[str]]:
+    """Every bar with what was found: ``[what, bar, found, verdict]``."""
+    known = {(row.case, row.implementation): row for row in rows}
+    lines = []
+    for bar in BARS:
+        row = known.get((bar.case, bar.peer))
+        ratio = None if row is None else row.time_ratio_compiled if bar.compiled else row.time_ratio
+        verdict = "not measured" if ratio is None else "holds" if ratio >= bar.at_least else "missed"
+        lines.append([bar.what, f"{bar.at_least:g}x", "-" if ratio is None else f"{ratio:.2f}x", verdict])
+    return lines
+
+
+def title(arguments: argparse.Namespace, device: torch.device) -> str:
+    """Sizes, machine and versions."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{_cpu()}, {torch.get_num_threads()} thread(s)"
+    sizes = f"T {arguments.tokens}, V {arguments.vocab}, tp {dist.get_world_size()}, bf16"
+    return f"{sizes}; {where}, torch {torch.__version__}"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]} ({len(models)} cores)" if models else "CPU"
+
+
+def print_tables(rows: list[Row], heading: str) -> None:
     """To the terminal."""
-    table = Table(title=title)
-    for heading in ("case", "implementation", "ms", "time / ours", "peak B/elem", "collectives", "gradient error"):
-        table.add_column(heading, justify="left" if heading in ("case", "implementation") else "right")
+    table = Table(title=heading)
+    for name in ("case", "implementation", *COLUMNS):
+        table.add_column(name, justify="left" if name in ("case", "implementation") else "right")
     for row in rows:
-        figures = [(row.time_ms, ".1f"), (row.time_ratio, ".2f"), (row.peak_bytes_per_element, ".2f")]
-        figures += [(row.collectives, "d"), (row.gradient_error, ".1e")]
-        cells = ["-" if value is None else format(value, spec) for value, spec in figures]
-        table.add_row(row.case, f"{row.implementation}: {row.note}" if row.note else row.implementation, *cells)
-    Console(width=130).print(table)
+        table.add_row(*cells(row))
+    bars = Table("bar", "at least", "found", "", title="Bars")
+    for line in judge(rows):
+        bars.add_row(*line)
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    console.print(table)
+    console.print(bars)
+
+
+def markdown(rows: list[Row], heading: str) -> str:
+    """The same as a section of a document."""
+
+    def lines(header: list[str], body: list[list[str]]) -> list[str]:
+        return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
+
+    parts = [f"## {heading}", "", *lines(["case", "implementation", *COLUMNS], [cells(row) for row in rows])]
+    if any(row.tp == 1 for row in rows):
+        parts += ["", *lines(["bar", "at least", "found", "verdict"], judge(rows))]
+    return "\n".join(parts) + "\n"
 
 
 def main() -> None:
     """Parse the command line, run every case on every rank, report on rank 0."""
-    parser = argparse.ArgumentParser(description="Time, memory, collectives and accuracy of the loss beside others.")
-    parser.add_argument("--tokens", type=int, default=1024, help="T (default 1024)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, help="T (default 1024)")
     parser.add_argument("--vocab", type=int, default=151936, help="ids; must divide by the number of ranks")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps; the median counts")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--quick", action="store_true", help="128 tokens: a few minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="128 tokens: under five minutes on two cores")
     parser.add_argument("--json", type=Path, help="also write one JSON object per row and line to this file")
+    parser.add_argument("--markdown", type=Path, help="also append the tables to this document")
     arguments = parser.parse_args()
-    num_tokens = 128 if arguments.quick else arguments.tokens
+    arguments.tokens = arguments.tokens or (128 if arguments.quick else 1024)
     device = start()
     if arguments.vocab % dist.get_world_size():
         parser.error(f"--vocab {arguments.vocab} does not divide by {dist.get_world_size()} ranks")
+    main_rank = dist.get_rank() == 0
+    known = [(case, one) for one in implementations(device) for case in one.cases if case in arguments.cases]
+    steps = [one for _, one in known if one.obstacle(device, dist.get_world_size()) is None]
     rows = []
-    for case in arguments.cases:
-        rows += run_case(case, num_tokens, arguments.vocab, device, arguments.repeats)
-    if dist.get_rank() == 0:
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-        title = (
-            f"T {num_tokens}, V {arguments.vocab}, tp {dist.get_world_size()}, bf16, {where}, torch {torch.__version__}"
-        )
-        print_table(rows, title)
+    with tqdm(total=len(steps) * (arguments.repeats + 1), disable=not main_rank, unit="step") as progress:
+        for case in arguments.cases:
+            rows += measure_case(case, arguments, device, progress)
+    if main_rank:
+        print_tables(rows, title(arguments, device))
         if arguments.json is not None:
             arguments.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        if arguments.markdown is not None:
+            with arguments.markdown.open("a", encoding="utf-8") as document:
+                document.write("\n" + markdown(rows, title(arguments, device)))
     dist.destroy_process_group()
 
 

@@ -245,7 +245,7 @@ _OUT_OF_PLACE = {element: _out_of_place(element) for element in _ELEMENTS}
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function)
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
