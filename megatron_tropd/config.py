@@ -209,6 +209,9 @@ class TrainingConfig:
     """From hidden states to the loss. fused: a chunk of tokens at a time through both output layers, gradients taken at
     once, whole logits never exist; fused-recompute: the student's logits again in the backward, which saves an fp32
     buffer of the output weight's size and costs one more product; logits: both models' whole logits."""
+    fp32_logits: bool = False
+    """Fused heads in bf16: keep the logits of a chunk in fp32. bf16 rounds a logit of 16 to the nearest 0.125, which
+    hides small differences between the models; costs twice the memory and traffic of a chunk's logits."""
     head_chunk_size: int | None = None
     """Tokens of a chunk of the fused heads; None: from the sizes."""
     recompute: bool = False

@@ -146,6 +146,12 @@ def _check_training(config: Config, dp: int, command: str) -> None:
     samples = config.rollout.samples_per_prompt if command == "train" else 1
     _require(training.train_iters >= 1, f"training.train_iters must be at least 1, found {training.train_iters}")
     _require(training.micro_batch_size >= 1, "training.micro_batch_size must be at least 1")
+    chunk = training.head_chunk_size
+    _require(chunk is None or chunk >= 1, f"training.head_chunk_size must be at least 1, found {chunk}")
+    _require(
+        training.output_head != "logits" or (chunk is None and not training.fp32_logits),
+        "training.fp32_logits and training.head_chunk_size are about the fused heads: set training.output_head=fused",
+    )
     rows = training.micro_batch_size * dp
     unit = math.lcm(rows, samples)
     size = training.global_batch_size

@@ -182,6 +182,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
         layout=run.layout,
         objective=objective,
         normalization=config.training.normalization,
+        fp32_logits=config.training.fp32_logits,
         head_chunk_size=config.training.head_chunk_size,
         vocab_size=min(run.tokenizer.vocab_size, *sizes),
     )

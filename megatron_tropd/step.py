@@ -51,6 +51,8 @@ class Learner:
     normalization: Normalization
     vocab_size: int
     """Ids that student and teacher share."""
+    fp32_logits: bool = False
+    """Keep the fused heads' logits in fp32."""
     head_chunk_size: int | None = None
     """Tokens of a chunk of the fused heads; None: from the sizes."""
 
@@ -156,7 +158,8 @@ def _weighted_losses(
     return fused_head_loss(
         *learner.stage.heads(student_output, teacher_output), tokens_N, regions_N, learner.objective,
         uniforms_N=uniforms_N, weights_N=weights_N, full_statistics=full,
-        recompute=mode == "fused-recompute", chunk_size=learner.head_chunk_size, check=False, **sizes,
+        recompute=mode == "fused-recompute", fp32_logits=learner.fp32_logits, chunk_size=learner.head_chunk_size,
+        check=False, **sizes,
     )  # fmt: skip
 
 

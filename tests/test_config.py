@@ -201,6 +201,8 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
         ({"rollout": {"samples_per_prompt": 3}}, 1, "train", "rollout.samples_per_prompt 3: try 24 or 36"),
         ({"rollout": {"temperature": -1}}, 1, "train", "rollout.temperature must be >= 0"),
         ({"rollout": {"top_p": 0}}, 1, "train", "rollout.top_p must be in"),
+        ({"training": {"head_chunk_size": 0}}, 1, "train", "training.head_chunk_size must be at least 1"),
+        ({"training": {"output_head": "logits", "fp32_logits": True}}, 1, "train", "set training.output_head=fused"),
         ({"rollout": {"max_response_length": 0}}, 1, "train", "rollout.max_response_length must be at least 1"),
         ({"objective": "topd"}, 1, "train", "unknown objective 'topd': did you mean 'opd'|'tropd'"),
         ({"guidance": {"answers": None}}, 1, "train", "half-cosine needs teacher answers: set guidance.answers"),

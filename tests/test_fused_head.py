@@ -260,6 +260,34 @@ def test_the_weights_gradient_goes_into_megatrons_main_gradient(recompute: bool,
     assert weight.grad is not None and (not tied or not weight.grad.any())
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["tropd", "fkl-exact"])
+def test_fp32_logits_show_models_that_nearly_agree_apart(name: str, recompute: bool) -> None:
+    """Large logits, a small difference: rounded to bf16 the gradient is noise, kept in fp32 it is exact."""
+    case = make_case(torch.bfloat16)
+    hidden_NH, weight_VH = 3 * case.student_NH, case.student_VH[:50]
+    noise_NH = 0.02 * torch.randn(NUM_TOKENS, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    teacher_NH, teacher_VH = torch.cat((hidden_NH, noise_NH), -1), case.teacher_VH[:50]
+    exact_NH = hidden_NH.double().requires_grad_()
+    dense_N, _ = dense_loss(
+        exact_NH @ weight_VH.double().T, teacher_NH.double() @ teacher_VH.double().T, case.tokens_N, case.regions_N,
+        preset(name, guidance_beta=0.0), vocab_size=50, uniforms_T=torch.zeros(NUM_TOKENS),
+    )  # fmt: skip
+    dense_N.sum().backward()
+    errors = []
+    for fp32_logits in (False, True):
+        leaf_NH = hidden_NH.clone().requires_grad_()
+        loss_N, _ = fused_head_loss(
+            OutputHead(leaf_NH, weight_VH), OutputHead(teacher_NH, teacher_VH), case.tokens_N, case.regions_N,
+            preset(name, guidance_beta=0.0), vocab_size=50, uniforms_N=torch.zeros(NUM_TOKENS), chunk_size=5,
+            recompute=recompute, fp32_logits=fp32_logits,
+        )  # fmt: skip
+        loss_N.sum().backward()
+        assert leaf_NH.grad is not None and exact_NH.grad is not None and leaf_NH.grad.dtype == torch.bfloat16
+        errors.append(relative_error(leaf_NH.grad, exact_NH.grad))
+    assert errors[1] < 8e-3 and errors[0] > 20 * errors[1], errors
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -285,6 +313,7 @@ def test_recommended_chunk_size() -> None:
     assert recommended_chunk_size(32768, 1024, 2048) == 1024
     assert recommended_chunk_size(32768, 2048) == 1536
     assert recommended_chunk_size(32768, 1024, 8192) == 512
+    assert recommended_chunk_size(4096, 1024, 2048, fp32_logits=True) == 512
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -37,6 +37,7 @@ def fused_head_loss(
     full_statistics: bool = False,
     weights_N: torch.Tensor | None = None,
     recompute: bool = False,
+    fp32_logits: bool = False,
     chunk_size: int | None = None,
     check: bool = True,
 ) -> tuple[torch.Tensor, LossReport]:
@@ -59,6 +60,9 @@ def fused_head_loss(
             result's sum can then be differentiated, and an fp32 buffer of the weight's size lives until the backward.
             True computes the logits a second time in the backward: one more product with the student's head, any
             gradient of the result (weights that depend on all tokens' values, say), nothing kept but the inputs.
+        fp32_logits: keep what the two products sum in fp32, where bf16 heads would round both models' logits: at 16
+            that is to the nearest 0.125, which drowns the difference of two models that nearly agree. The gradient of
+            the logits is rounded to the heads' dtype only for its own products.
         chunk_size: tokens per chunk, the same on every rank; None: `recommended_chunk_size`.
         check: refuse what does not fit; waits for the device once.
 
@@ -84,10 +88,10 @@ def fused_head_loss(
         )
     if chunk_size is None:
         sizes = student.hidden_NH.shape[1], 0 if teacher is None else teacher.hidden_NH.shape[1]
-        chunk_size = recommended_chunk_size(tokens_N.shape[0], *sizes)
+        chunk_size = recommended_chunk_size(tokens_N.shape[0], *sizes, fp32_logits=fp32_logits)
     every_N = torch.arange(tokens_N.shape[0], device=tokens_N.device)
     tokens = Tokens(every_N, tokens_N.long(), regions_N, uniforms_N)
-    work = _Work(student, teacher, tokens, objective, vocab_size, group, full_statistics, chunk_size)
+    work = _Work(student, teacher, tokens, objective, vocab_size, group, full_statistics, fp32_logits, chunk_size)
     if weights_N is None:
         weights_N = torch.ones_like(tokens_N, dtype=torch.float32)
     weights_N = weights_N.detach()
@@ -113,6 +117,7 @@ class _Work:
     vocab_size: int
     group: dist.ProcessGroup | None
     full_statistics: bool
+    fp32_logits: bool
     chunk_size: int
 
     def spans(self) -> Iterator[slice]:
@@ -123,7 +128,7 @@ class _Work:
 
     def chunk(self, span: slice) -> tuple[Shards, Tokens]:
         """Both models' logits and the tokens of one chunk."""
-        teacher_CV = None if self.teacher is None else self.teacher.logits(span)
+        teacher_CV = self.teacher_logits(span)
         uniforms_N = self.tokens.uniforms_N
         tokens = Tokens(
             rows_N=self.tokens.rows_N[: span.stop - span.start],
@@ -131,7 +136,13 @@ class _Work:
             regions_N=self.tokens.regions_N[span],
             uniforms_N=None if uniforms_N is None else uniforms_N[span],
         )
-        return Shards(self.student.logits(span), teacher_CV, self.vocab_size, self.group), tokens
+        return Shards(self.student_logits(span), teacher_CV, self.vocab_size, self.group), tokens
+
+    def student_logits(self, span: slice) -> torch.Tensor:
+        return self.student.logits(span, fp32=self.fp32_logits)
+
+    def teacher_logits(self, span: slice) -> torch.Tensor | None:
+        return None if self.teacher is None else self.teacher.logits(span, fp32=self.fp32_logits)
 
     def wants_gradient(self) -> bool:
         """Whether a backward can come."""
@@ -176,6 +187,7 @@ class _Gradients:
         self._weight = WeightGradient(weight_VH, into_main_grad=into_main_grad) if weight_VH.requires_grad else None
 
     def add(self, span: slice, gradient_CV: torch.Tensor) -> None:
+        gradient_CV = gradient_CV.to(self._student.hidden_NH.dtype)
         if self._hidden_NH is not None:
             torch.mm(gradient_CV, self._student.weight_VH.detach(), out=self._hidden_NH[span])
         if self._weight is not None:
@@ -277,9 +289,11 @@ class _RecomputedHead(torch.autograd.Function):
 def _recomputed_gradient(
     work: _Work, span: slice, terms: StudentTerms, grads: tuple[torch.Tensor | None, ...]
 ) -> torch.Tensor:
-    if terms.divergence is not None and work.teacher is not None and grads[-1] is not None:
-        terms = _with_teacher(terms, work.teacher.logits(span))
-    gradient_CV = work.student.logits(span)
+    if terms.divergence is not None and grads[-1] is not None:
+        teacher_CV = work.teacher_logits(span)
+        assert teacher_CV is not None
+        terms = _with_teacher(terms, teacher_CV)
+    gradient_CV = work.student_logits(span)
     write_gradient(gradient_CV, terms, grads, gradient_CV)
     return gradient_CV
 

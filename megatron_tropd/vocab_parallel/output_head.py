@@ -23,26 +23,37 @@ _CHUNK_GRANULE = 256
 class OutputHead:
     """A model before its output layer: its logits are ``hidden_NH @ weight_VH.T``, this rank's shard ``[N, V]``.
 
-    Both in one dtype (bf16, fp16 or fp32), which the logits take. ``hidden_NH`` is the same on every rank of the
-    vocabulary's group; ``weight_VH`` is this rank's rows of the (tied or untied) output weight.
+    Both in one dtype (bf16, fp16 or fp32). ``hidden_NH`` is the same on every rank of the vocabulary's group;
+    ``weight_VH`` is this rank's rows of the (tied or untied) output weight.
     """
 
     hidden_NH: torch.Tensor
     weight_VH: torch.Tensor
 
-    def logits(self, span: slice) -> torch.Tensor:
-        """A fresh ``[C, V]`` without gradient, free to be overwritten."""
-        return self.hidden_NH[span].detach() @ self.weight_VH.detach().T
+    def logits(self, span: slice, *, fp32: bool) -> torch.Tensor:
+        """A fresh ``[C, V]`` without gradient, free to be overwritten: in the head's dtype, or as summed, in fp32."""
+        hidden_CH, weight_VH = self.hidden_NH[span].detach(), self.weight_VH.detach()
+        if not fp32 or hidden_CH.dtype == torch.float32:
+            return hidden_CH @ weight_VH.T
+        if hidden_CH.is_cuda:
+            return torch.mm(hidden_CH, weight_VH.T, out_dtype=torch.float32)
+        logits_CV = torch.empty(hidden_CH.shape[0], weight_VH.shape[0])
+        for start in range(0, weight_VH.shape[0], _WEIGHT_ROWS_CPU):
+            rows = slice(start, start + _WEIGHT_ROWS_CPU)
+            logits_CV[:, rows] = hidden_CH.float() @ weight_VH[rows].float().T
+        return logits_CV
 
 
-def recommended_chunk_size(num_tokens: int, student_hidden_size: int, teacher_hidden_size: int = 0) -> int:
+def recommended_chunk_size(
+    num_tokens: int, student_hidden_size: int, teacher_hidden_size: int = 0, *, fp32_logits: bool = False
+) -> int:
     """Tokens per chunk: enough to hide the weight gradient's additions behind the products, at most a quarter of all.
 
     A chunk holds both models' logits, so a quarter of the tokens keeps the peak at half of one logits matrix; from
-    there on it falls with the number of tokens.
+    there on it falls with the number of tokens. Logits in fp32 are twice as large: an eighth.
     """
     by_cost = _CHUNK_TOKENS / (4 + teacher_hidden_size / student_hidden_size)
-    tokens = min(by_cost, num_tokens / 4)
+    tokens = min(by_cost, num_tokens / (8 if fp32_logits else 4))
     return max(_CHUNK_GRANULE, round(tokens / _CHUNK_GRANULE) * _CHUNK_GRANULE)
 
 

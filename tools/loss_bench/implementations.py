@@ -87,12 +87,14 @@ def ours(inputs: Inputs, objective: Objective) -> torch.Tensor:
     return loss_T
 
 
-def ours_fused(inputs: Inputs, objective: Objective, *, recompute: bool) -> torch.Tensor:
+def ours_fused(
+    inputs: Inputs, objective: Objective, *, recompute: bool = False, fp32_logits: bool = False
+) -> torch.Tensor:
     """From the hidden states."""
     loss_T, _ = fused_head_loss(
         OutputHead(inputs.student_TH, inputs.student_VH), OutputHead(inputs.teacher_TH, inputs.teacher_VH),
         inputs.tokens_T, inputs.regions_T, objective, vocab_size=inputs.vocab_size, group=inputs.group,
-        uniforms_N=inputs.uniforms_T, recompute=recompute,
+        uniforms_N=inputs.uniforms_T, recompute=recompute, fp32_logits=fp32_logits,
     )  # fmt: skip
     return loss_T
 
@@ -215,8 +217,9 @@ def implementations(device: torch.device) -> list[Implementation]:
         made: dict[str, Any] = {"ours": True, "backend": backend}
         found += [
             Implementation(name, EVERY_LOGITS_CASE, ours, **made),
-            Implementation(name, (HEAD,), partial(ours_fused, recompute=False), **made),
+            Implementation(name, (HEAD,), ours_fused, **made),
             Implementation(f"{name}, recomputing", (HEAD,), partial(ours_fused, recompute=True), **made),
+            Implementation(f"{name}, fp32 logits", (HEAD,), partial(ours_fused, fp32_logits=True), **made),
         ]
     whole_ours = partial(from_whole_logits, ours)
     compiled = torch.compile(naive, dynamic=False)
