@@ -130,9 +130,8 @@ def _entry_values(
 
 
 def _log_sum_exp(logits_CV: torch.Tensor) -> torch.Tensor:
-    x = logits_CV.float()
-    peak_C = _finite(x.amax(-1))
-    return (x - peak_C[:, None]).exp().sum(-1).log() + peak_C
+    peak_C, x = _below_peak(logits_CV)
+    return x.exp().sum(-1).log() + peak_C
 
 
 def _finite(peak_C: torch.Tensor) -> torch.Tensor:
@@ -140,21 +139,31 @@ def _finite(peak_C: torch.Tensor) -> torch.Tensor:
 
 
 def _pair(student_CV: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
-    log_sum_exp_s, log_p = _log_softmax(student_CV)
-    log_sum_exp_t, log_q = _log_softmax(teacher_CV)
-    p, q = log_p.exp(), log_q.exp()
-    entropy_s, entropy_t = -_expectation(p, log_p), -_expectation(q, log_q)
-    reverse_kl, forward_kl = _expectation(p, log_p - log_q), _expectation(q, log_q - log_p)
-    nothing = torch.zeros_like(entropy_s)
+    """Sums over exp(logit - peak), as the Triton kernel takes them: each logit is read twice and its exp taken once."""
+    peak_s, x = _below_peak(student_CV)
+    peak_t, y = _below_peak(teacher_CV)
+    p, q, log_ratio = x.exp(), y.exp(), x - y
+    total_s, total_t = p.sum(-1), q.sum(-1)
+    log_s, log_t = _expectation(p, x), _expectation(q, y)
+    ratio_s, ratio_t = _expectation(p, log_ratio), _expectation(q, log_ratio)
+    # A model without mass here expects nothing.
+    mass_s, mass_t = torch.where(total_s == 0, 1.0, total_s), torch.where(total_t == 0, 1.0, total_t)
+    log_masses = mass_s.log() - mass_t.log()
+    entropy_s = torch.where(total_s == 0, 0.0, mass_s.log() - log_s / mass_s)
+    entropy_t = torch.where(total_t == 0, 0.0, mass_t.log() - log_t / mass_t)
+    reverse_kl = torch.where(total_s == 0, 0.0, ratio_s / mass_s - log_masses)
+    forward_kl = torch.where(total_t == 0, 0.0, log_masses - ratio_t / mass_t)
+    nothing = torch.zeros_like(total_s)
+    log_sum_exp_s, log_sum_exp_t = peak_s + total_s.log(), peak_t + total_t.log()
     return torch.stack(
         (log_sum_exp_s, nothing, log_sum_exp_t, nothing, entropy_s, entropy_t, reverse_kl, forward_kl), -1
     )
 
 
-def _log_softmax(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row without mass keeps its -inf."""
-    log_sum_exp_C = _log_sum_exp(logits_CV)
-    return log_sum_exp_C, logits_CV.float() - _finite(log_sum_exp_C)[:, None]
+def _below_peak(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = logits_CV.float()
+    peak_C = _finite(x.amax(-1))
+    return peak_C, x - peak_C[:, None]
 
 
 def _expectation(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
