@@ -224,6 +224,10 @@ class TrainingConfig:
     """Steps between checkpoints; the last step and SIGTERM always save."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    export_hf: bool = False
+    """At the end, write the student as a Hugging Face folder too: <output_dir>/hf/step_N. What config.json says beyond
+    the architecture, and the tokenizer's files, come from the Hugging Face folder in student.load, tokenizer.model or
+    teacher.load (the first of the student's family)."""
     log_rollouts: int = 4
     """Rollouts written out as text per step."""
 

@@ -21,8 +21,8 @@ from megatron_tropd.config_checks import validate
 from megatron_tropd.config_parser import save_config
 from megatron_tropd.data import Tokenizer, build_tokenizer, huggingface_fingerprint
 from megatron_tropd.distributed import ON_CPU, Layout
-from megatron_tropd.hf_config import is_huggingface
-from megatron_tropd.huggingface import load_huggingface
+from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
+from megatron_tropd.huggingface import export_huggingface, load_huggingface
 from megatron_tropd.models import build_model, build_teacher
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
@@ -94,6 +94,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     """
     validate(config, distributed.world_size(), command)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
+    if command in ("train", "sft") and config.training.export_hf:
+        export_reference(config, tokenizer)
     layout = distributed.initialize(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -202,3 +204,48 @@ def resume(run: Run, learner: Learner) -> int:
 def save(run: Run, learner: Learner, step: int) -> None:
     """Checkpoint of ``step`` steps done."""
     save_checkpoint(run.checkpoints, learner, run.describe(step), keep=run.config.training.keep_checkpoints)
+
+
+def export(run: Run, learner: Learner, step: int) -> Path:
+    """The student after ``step`` steps as a Hugging Face folder, which is left alone where an earlier call wrote it."""
+    out = run.folder / "hf" / f"step_{step}"
+    if not distributed.from_main(out.exists()):
+        student = run.config.student
+        transfer = export_huggingface(
+            learner.stage.module,
+            run.layout,
+            student,
+            out,
+            export_reference(run.config, run.tokenizer),
+            vocab_size=vocab_size(student, run.tokenizer),
+        )
+        if run.layout.is_main:
+            logger.info("%s: %d tensors, %.1f MB", out, transfer.num_tensors, transfer.num_bytes / 1e6)
+    return out
+
+
+def export_reference(config: Config, tokenizer: Tokenizer) -> Path:
+    """The Hugging Face folder that an export takes its config.json and tokenizer files from.
+
+    Raises ConfigError where no folder of the config can express the student.
+    """
+    has_tokenizer_folder = config.tokenizer.kind == "huggingface"
+    candidates = {
+        "student.load": config.student.load,
+        "tokenizer.model": config.tokenizer.model if has_tokenizer_folder else None,
+        "teacher.load": config.teacher.load if config.teacher is not None else None,
+    }
+    found = {name: Path(folder) for name, folder in candidates.items() if folder and is_huggingface(Path(folder))}
+    problems = []
+    for name, folder in found.items():
+        try:
+            size = vocab_size(config.student, tokenizer)
+            config_values(config.student, read_config(folder), vocab_size=size, dtype="float32")
+            return folder
+        except HuggingFaceError as error:
+            problems.append(f"{name} {folder}: {error}")
+    raise ConfigError(
+        "training.export_hf needs a Hugging Face folder of the student's family, for its config.json and tokenizer: "
+        "set student.load, tokenizer.model or teacher.load to one, or training.export_hf=false and convert a "
+        f"checkpoint later (tools/convert_checkpoint.py). Found {'; '.join(problems) or 'none'}"
+    )

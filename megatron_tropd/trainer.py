@@ -21,7 +21,7 @@ from megatron_tropd.metrics import MetricsLog, rollout_metrics
 from megatron_tropd.objectives import preset
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
-from megatron_tropd.run import Run, build_learner, open_run, resume, save
+from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
 from megatron_tropd.step import Learner, train_step
 from megatron_tropd.types import Prompt, Rollout
 
@@ -129,6 +129,8 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     log.write({"step": training.train_iters, **evaluator()})
     bar.close()
     log.close()
+    if training.export_hf:
+        export(run, learner, training.train_iters)
     if layout.is_main:
         plot_runs({learner.objective.name: run.folder}, run.folder / "report" / "training.png")
 

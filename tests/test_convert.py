@@ -216,3 +216,63 @@ def test_a_run_starts_from_a_folder_and_names_what_differs(folder: Path, tmp_pat
     assert (
         "ffn_hidden_size: the folder has 48, this run 64; vocab_size: the folder has 45, this run 42" in finished.stderr
     )
+
+
+def _sft_twice(path: str) -> list[str]:
+    """Train from the folder; again, as after a crash behind the last step; returns what each run cannot export."""
+    from megatron_tropd.config import ConfigError
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.trainer import sft
+
+    layout = "--parallel.tensor_model_parallel_size=2"
+    sft(load_config(path, [layout]))
+    sft(load_config(path, [layout]))
+    messages = []
+    for overrides in (
+        ["--student.load=null", "--tokenizer.kind=characters"],
+        ["--student.qk_layernorm=true"],
+    ):
+        with pytest.raises(ConfigError) as error:
+            sft(load_config(path, [layout, *overrides]))
+        messages.append(str(error.value))
+    return messages
+
+
+def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path: Path) -> None:
+    """The exported weights are the last checkpoint's, moved by training, and compute what they compute in Megatron."""
+    path = _config(tmp_path, folder)
+    config = yaml.safe_load(path.read_text())
+    config["optimizer"] = {"lr": 0.01}
+    config["training"] |= {"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 2, "export_hf": True}
+    path.write_text(yaml.safe_dump(config))
+    for without, wrong in run_ranks(2, _sft_twice, str(path)):
+        assert re.search("training.export_hf needs a Hugging Face folder .* Found none", without)
+        assert re.search("student.load .*: a qwen2 config.json cannot express this model: qk_layernorm", wrong)
+    out = tmp_path / "run" / "hf" / "step_3"
+    assert [each.name for each in out.parent.iterdir()] == ["step_3"]
+    tokens = torch.arange(20).reshape(2, 10) * 7 % hf_models.VOCAB_SIZE
+    _, logits = hf_models.frequencies_and_logits(out, tokens)
+    _, before = hf_models.frequencies_and_logits(folder, tokens)
+    assert abs(logits - before).max() > 0.01
+    [ours] = run_ranks(1, _checkpoint_logits, str(tmp_path / "run"), tokens)
+    assert abs(ours - logits).max() < 1e-4
+    assert HuggingFaceTokenizer(out).fingerprint == huggingface_fingerprint(folder)
+
+
+def _checkpoint_logits(run: str, tokens: torch.Tensor) -> Any:
+    """Logits of the run's newest checkpoint in Megatron."""
+    from megatron_tropd.checkpoint import load_weights, read_description, resolve
+    from megatron_tropd.config import ModelConfig
+    from megatron_tropd.models import build_model
+    from tests import tiny
+
+    layout = tiny.start(tp=1, pp=1)
+    path = resolve(Path(run))
+    description = read_description(path)
+    config = ModelConfig(**description.architecture)
+    size = description.vocab_size
+    model = build_model(config, layout, vocab_size=size, max_sequence_length=16, dtype=torch.float32, seed=None)
+    load_weights(path, model, config, vocab_size=size, tokenizer=description.tokenizer)
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), attention_mask=None)
+    return logits[..., :size].numpy()
