@@ -23,7 +23,7 @@ LEVELS = [
         "sampling",
         "verify",
     },
-    {"distributed", "guidance", "hf_files", "vocab_parallel"},
+    {"bridge", "distributed", "guidance", "hf_files", "vocab_parallel"},
     {"huggingface", "metrics", "models", "pair"},
     {"optimization", "rollout"},
     {"step"},

@@ -5,6 +5,8 @@
 
 The ranks that share the work are started by the script itself (tp x pp of them; each holds its part of the model). A
 Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone.
+
+`--backend bridge` hands the work to Megatron-Bridge, where it is installed, for families this package does not carry.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     try:
+        if options.backend == "bridge":
+            _convert_with_bridge(options)
+            return 0
         if "RANK" in os.environ or options.tp * options.pp == 1:
             options.convert(options)
             return 0
@@ -133,11 +138,27 @@ def _on_ranks(
         distributed.finish(layout)
 
 
+def _convert_with_bridge(options: argparse.Namespace) -> None:
+    from megatron_tropd.bridge import export_checkpoint, import_checkpoint
+
+    if options.tp * options.pp != 1:
+        raise ValueError("--backend bridge converts in one process: leave out --tp and --pp")
+    _refuse_existing(options.out)
+    if options.convert is hf_to_megatron:
+        import_checkpoint(options.hf, options.out)
+    else:
+        export_checkpoint(options.megatron, options.hf, options.out)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"the output folder {out} exists: remove it or give another")
+
+
 def _check(options: argparse.Namespace) -> None:
     from megatron_tropd.hf_config import model_config, read_config
 
-    if options.out.exists():
-        raise ValueError(f"the output folder {options.out} exists: remove it or give another")
+    _refuse_existing(options.out)
     model_config(read_config(options.hf))
 
 
@@ -159,6 +180,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for command in (reading, writing):
         command.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
         command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that share the work (default: 1)")
+        command.add_argument("--backend", choices=["native", "bridge"], default="native", help="default: native")
         command.add_argument("--pp", type=int, default=1, help="pipeline stages that share the work (default: 1)")
     return parser.parse_args(arguments)
 
