@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.config import ModelConfig, architecture
 from megatron_tropd.distributed import Layout
@@ -64,7 +65,7 @@ def save_checkpoint(folder: Path, learner: Learner, description: Description, *,
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_training_state(learner, is_loading=False), str(temporary))
+    _save_state(_training_state(learner, is_loading=False), temporary, is_main=is_main)
     dist.barrier()
     if is_main:
         _write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
@@ -107,7 +108,7 @@ def save_weights(path: Path, model: GPTModel, layout: Layout, description: Descr
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(temporary))
+    _save_state({"model": model.sharded_state_dict()}, temporary, is_main=layout.is_main)
     dist.barrier()
     if layout.is_main:
         _write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
@@ -178,6 +179,21 @@ def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
         learner.stage.module.sharded_state_dict(), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
     )
     return {"model": model, "optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
+
+
+def _save_state(state: ShardedStateDict, folder: Path, *, is_main: bool) -> None:
+    """Write ``state``; where a rank cannot, all ranks raise CheckpointError and nothing stays behind."""
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except CheckpointException as error:
+        free = shutil.disk_usage(folder.parent).free
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        reasons = {str(failure) for failure, _ in error.failures.values()}  # Megatron tells them to rank 0 alone
+        raise CheckpointError(
+            f"{folder} could not be written ({'; '.join(sorted(reasons)) or 'rank 0 says why'}; {free / 1e9:,.1f} GB "
+            "are free there): free some space, or save elsewhere, and try again"
+        ) from error
 
 
 def _write_durably(path: Path, text: str) -> None:
