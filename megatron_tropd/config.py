@@ -37,6 +37,14 @@ class ModelConfig:
     """Norm on queries and keys (Qwen3)."""
     add_qkv_bias: bool = False
     """Bias on the QKV projection alone (Qwen2)."""
+    num_moe_experts: int | None = None
+    """Experts in every layer (Qwen3-MoE); None: a dense model."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of each expert's feed-forward layer; required with num_moe_experts."""
+    moe_router_topk: int = 2
+    """Experts that each token is sent to."""
+    moe_router_pre_softmax: bool = False
+    """Weigh the chosen experts by their probability among all, instead of among the chosen (norm_topk_prob: false)."""
     rotary_base: int = 10000
     """Base period of the rotary position embedding."""
     rope_scaling_factor: float | None = None

@@ -32,6 +32,11 @@ def validate(config: Config, world_size: int, command: str) -> None:
     )
     _check_rollout(config)
     if command in ("train", "sft"):
+        _require(
+            config.student.num_moe_experts is None or tp == 1,
+            f"a student with experts trains with tensor_model_parallel_size 1 only, found {tp}: Megatron asks for "
+            "sequence parallelism beside it, which this package does not have; use pipeline or data parallelism",
+        )
         _check_training(config, world_size // (tp * pp), command)
     if command in ("train", "generate"):
         _check_guidance(config, command)
@@ -92,6 +97,9 @@ def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "kv_channels": model.kv_channels,
         "vocab_size": model.vocab_size,
+        "num_moe_experts": model.num_moe_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk,
     }
     for field_name, value in sizes.items():
         _require(value is None or value >= 1, f"{name}.{field_name} must be at least 1, found {value}")
@@ -111,7 +119,26 @@ def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
         f"{name}.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
         f"{model.num_attention_heads}: set {name}.kv_channels",
     )
+    _check_experts(name, model, tp)
     _check_pipeline(name, model, pp)
+
+
+def _check_experts(name: str, model: ModelConfig, tp: int) -> None:
+    experts, width = model.num_moe_experts, model.moe_ffn_hidden_size
+    _require(
+        (experts is None) == (width is None),
+        f"{name}.num_moe_experts {experts} and {name}.moe_ffn_hidden_size {width} belong together: set both or neither",
+    )
+    if experts is not None and width is not None:
+        _require(
+            model.moe_router_topk <= experts,
+            f"{name}.moe_router_topk {model.moe_router_topk} is more than {name}.num_moe_experts {experts}",
+        )
+        _require(
+            width % tp == 0,
+            f"{name}.moe_ffn_hidden_size {width} is not divisible by tensor_model_parallel_size {tp}: use a tensor "
+            "parallel size that divides it",
+        )
 
 
 def _check_pipeline(name: str, model: ModelConfig, pp: int) -> None:

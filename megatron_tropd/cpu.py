@@ -8,6 +8,7 @@ Megatron asks for CUDA by name in many places (``device="cuda"``, ``torch.cuda.c
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,14 +43,30 @@ def install() -> bool:
     if not _installed:
         # Megatron fuses small functions with torch.compile, which on a CPU costs minutes of compilation per process.
         torch._dynamo.config.disable = True
-        import megatron.core  # noqa: F401  (dynamo indexes torch.cuda when first imported: before the stand-ins)
-
+        _import_megatron_uncompiled()
         _replace_cuda_functions()
         mode = _CudaRequestsToCpu()
         mode.__enter__()
         _installed.append(mode)
         _replace_megatron_functions()
     return True
+
+
+def _import_megatron_uncompiled() -> None:
+    """Import Megatron so that none of its functions is wrapped by torch.compile.
+
+    A wrapped one is looked at by dynamo when it is called, switched off or not, and dynamo refuses the stand-ins. Also,
+    dynamo indexes torch.cuda when first imported: before the stand-ins.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read where functions are decorated
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+    disable_jit_fuser()  # for what is imported from here on
 
 
 class _CudaRequestsToCpu(TorchFunctionMode):
@@ -84,7 +101,13 @@ class _Stream:
     def _nothing(self, *_: Any, **__: Any) -> None:
         return None
 
-    synchronize = wait_stream = wait_event = record_event = _nothing
+    synchronize = wait_stream = wait_event = _nothing
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        """The event, or a new one, with the time in it."""
+        event = event or _Event()
+        event.record()
+        return event
 
     def query(self) -> bool:
         """All work is always done."""

@@ -22,6 +22,8 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
 }
 """Keys that change the function, with the values that Megatron's layers compute; absent is as good as None."""
 
@@ -39,6 +41,7 @@ class Family:
     """Name of the class in ``transformers`` whose weights are read."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: bool = False
     head_dim: int | None = None
     """Width of a head where config.json does not say; None: hidden_size / num_attention_heads."""
     window_flag: bool | None = None
@@ -52,6 +55,7 @@ FAMILIES = {
         Family("mistral", "MistralForCausalLM"),
         Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, window_flag=False),
         Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, head_dim=128, window_flag=False),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, experts=True, window_flag=False),
     )
 }
 
@@ -96,6 +100,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         layernorm_epsilon=_number(values, "rms_norm_eps"),
         qk_layernorm=family.qk_norm,
         add_qkv_bias=family.qkv_bias,
+        **(_experts(values) if family.experts else {}),
         rotary_base=rotary_base,
         rope_scaling_factor=rope_scaling_factor,
         untie_embeddings_and_output_weights=not values.get("tie_word_embeddings", False),
@@ -122,6 +127,13 @@ def config_values(config: ModelConfig, reference: dict[str, Any], *, vocab_size:
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "vocab_size": vocab_size,
     }
+    if config.num_moe_experts is not None:
+        values[_num_experts_key(reference)] = config.num_moe_experts
+        values |= {
+            "moe_intermediate_size": config.moe_ffn_hidden_size,
+            "num_experts_per_tok": config.moe_router_topk,
+            "norm_topk_prob": not config.moe_router_pre_softmax,
+        }
     if "head_dim" in reference or head_dim != (family.head_dim or config.hidden_size // config.num_attention_heads):
         values["head_dim"] = head_dim
     if "layer_types" in reference:
@@ -159,6 +171,20 @@ def _family(values: dict[str, Any]) -> Family:
             f"{CONFIG}: model_type {model_type!r} with architectures {classes!r} is not supported; supported: {known}"
         )
     return family
+
+
+def _experts(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_moe_experts": _size(values, _num_experts_key(values)),
+        "moe_ffn_hidden_size": _size(values, "moe_intermediate_size"),
+        "moe_router_topk": _size(values, "num_experts_per_tok"),
+        "moe_router_pre_softmax": not values.get("norm_topk_prob", False),
+    }
+
+
+def _num_experts_key(values: dict[str, Any]) -> str:
+    """transformers 5 writes ``num_local_experts``, 4 wrote ``num_experts``."""
+    return "num_local_experts" if "num_local_experts" in values else "num_experts"
 
 
 def _refuse_sliding_window(values: dict[str, Any], family: Family) -> None:

@@ -1,11 +1,13 @@
 """Which tensors of a Hugging Face checkpoint make up which Megatron parameter, and how they are packed.
 
 Letters of a shape: ``V`` vocabulary, ``H`` hidden, ``Q`` all query heads, ``K`` all key (or value) heads, ``D`` one
-head, ``F`` feed-forward. Megatron names are those of its TransformerEngine layers.
+head, ``F`` feed-forward, ``E`` experts, ``W`` feed-forward of one expert. Megatron names are those of its
+TransformerEngine layers, with the experts one by one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -33,7 +35,7 @@ FINAL_NORM = Mapping("decoder.final_layernorm.weight", {"model.norm.weight": "H"
 OUTPUT = Mapping("output_layer.weight", {"lm_head.weight": "VH"}, cut=0)
 TIED_OUTPUT = replace(OUTPUT, sources=EMBEDDING.sources)
 
-LLAMA_LAYER = (
+ATTENTION = (
     Mapping("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "H"}),
     Mapping(
         "self_attention.linear_qkv.weight",
@@ -42,6 +44,8 @@ LLAMA_LAYER = (
         packing="qkv",
     ),
     Mapping("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "HQ"}, cut=1),
+)
+DENSE = (
     Mapping("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "H"}),
     Mapping(
         "mlp.linear_fc1.weight",
@@ -51,7 +55,21 @@ LLAMA_LAYER = (
     ),
     Mapping("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "HF"}, cut=1),
 )
-"""A layer of Llama and Mistral."""
+"""With the attention a layer of Llama and Mistral."""
+ROUTER = (
+    Mapping("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "H"}),
+    Mapping("mlp.router.weight", {"mlp.gate.weight": "EH"}),
+)
+EXPERT = (
+    Mapping(
+        "mlp.experts.local_experts.{}.linear_fc1.weight",
+        {"mlp.experts.{}.gate_proj.weight": "WH", "mlp.experts.{}.up_proj.weight": "WH"},
+        cut=0,
+        packing="gate-up",
+    ),
+    Mapping("mlp.experts.local_experts.{}.linear_fc2.weight", {"mlp.experts.{}.down_proj.weight": "HW"}, cut=1),
+)
+"""One of them; a Qwen3-MoE layer has these instead of the dense feed-forward."""
 QKV_BIAS = (
     Mapping(
         "self_attention.linear_qkv.bias",
@@ -66,11 +84,10 @@ QK_NORM = (
     Mapping("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "D"}),
 )
 """What Qwen3 adds."""
-LOCAL_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-"""Parameters that Megatron's local layers call otherwise."""
+LOCAL_NAMES = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
+DENSE_LOCAL_NAMES = LOCAL_NAMES | {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+"""Parameters that Megatron's local layers call otherwise; before experts the norm is a layer of its own everywhere."""
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
 
 
 def mappings(config: ModelConfig) -> Iterator[Mapping]:
@@ -79,7 +96,7 @@ def mappings(config: ModelConfig) -> Iterator[Mapping]:
     With tied weights the output layer of the last pipeline stage is a second reader of the embedding.
     """
     yield EMBEDDING
-    layer = LLAMA_LAYER + QKV_BIAS * config.add_qkv_bias + QK_NORM * config.qk_layernorm
+    layer = (*ATTENTION, *QKV_BIAS * config.add_qkv_bias, *QK_NORM * config.qk_layernorm, *_feed_forward(config))
     for index in range(config.num_layers):
         for mapping in layer:
             yield replace(
@@ -89,6 +106,31 @@ def mappings(config: ModelConfig) -> Iterator[Mapping]:
             )
     yield FINAL_NORM
     yield OUTPUT if config.untie_embeddings_and_output_weights else TIED_OUTPUT
+
+
+def _feed_forward(config: ModelConfig) -> Iterator[Mapping]:
+    if config.num_moe_experts is None:
+        yield from DENSE
+        return
+    yield from ROUTER
+    for expert in range(config.num_moe_experts):
+        for mapping in EXPERT:
+            yield replace(
+                mapping,
+                megatron=mapping.megatron.format(expert),
+                sources={name.format(expert): shape for name, shape in mapping.sources.items()},
+            )
+
+
+def table_name(name: str, config: ModelConfig) -> str:
+    """A parameter's name within its layer, as Megatron's local or TransformerEngine layers have it, in the table's."""
+    local = LOCAL_NAMES if config.num_moe_experts is not None else DENSE_LOCAL_NAMES
+    return expert_name(local.get(name, name))
+
+
+def expert_name(name: str) -> str:
+    """A parameter of TransformerEngine's grouped experts as that of a single one; other names as they are."""
+    return _GROUPED_EXPERT.sub(r"experts.local_experts.\2.\1.weight", name)
 
 
 def source_shapes(mapping: Mapping, config: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -101,6 +143,8 @@ def source_shapes(mapping: Mapping, config: ModelConfig, *, vocab_size: int) -> 
         "K": (config.num_query_groups or config.num_attention_heads) * head,
         "D": head,
         "F": config.ffn_hidden_size,
+        "E": config.num_moe_experts or 0,
+        "W": config.moe_ffn_hidden_size or 0,
     }
     return {name: tuple(sizes[letter] for letter in shape) for name, shape in mapping.sources.items()}
 

@@ -32,7 +32,7 @@ from megatron_tropd.hf_config import (
     read_config,
 )
 from megatron_tropd.hf_files import CARRIED_FILES, TensorFiles, listed, plan_shards, write_index, write_shard
-from megatron_tropd.hf_mapping import EMBEDDING, LOCAL_NAMES, OUTPUT, Mapping, mappings, pack, source_shapes, unpack
+from megatron_tropd.hf_mapping import EMBEDDING, OUTPUT, Mapping, mappings, pack, source_shapes, table_name, unpack
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -76,7 +76,7 @@ def load_huggingface(
         for name, parameter in tqdm(
             parameters, desc="reading", unit="tensor", disable=not (progress and layout.is_main)
         ):
-            mapping = _mapping_of(_global_name(model, name), by_name)
+            mapping = _mapping_of(_global_name(model, name, config), by_name)
             parts = _read_parts(files, mapping, parameter, layout, config, vocab_size=vocab_size)
             not_finite.extend(source for source, part in parts.items() if not part.isfinite().all())
             shard = pack(mapping, list(parts.values()), config)
@@ -194,6 +194,7 @@ def _write_own_shards(
                 except (OSError, HuggingFaceError) as error:
                     failure = error
                     waiting.clear()
+                ready.clear()  # its tensors, before the next parameter is gathered
     if failure is not None:
         raise failure
 
@@ -225,7 +226,7 @@ def _owned_parameters(model: GPTModel, config: ModelConfig) -> list[tuple[Mappin
     """This stage's parameters in checkpoint order; a tied output layer is the first stage's to write."""
     by_name = {mapping.megatron: mapping for mapping in mappings(config)}
     order = {name: index for index, name in enumerate(by_name)}
-    found = [(_mapping_of(_global_name(model, name), by_name), each) for name, each in model.named_parameters()]
+    found = [(_mapping_of(_global_name(model, name, config), by_name), each) for name, each in model.named_parameters()]
     kept = [
         (mapping, each)
         for mapping, each in found
@@ -245,13 +246,13 @@ def _names_by_stage(model: GPTModel, layout: Layout, config: ModelConfig) -> lis
 # --------------------------------------------------------------------------------------------------------- names
 
 
-def _global_name(model: GPTModel, name: str) -> str:
+def _global_name(model: GPTModel, name: str, config: ModelConfig) -> str:
     """A parameter's name in Megatron's TransformerEngine spelling, its layer counted over the whole model."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
         return name
     layer = model.decoder.layers[int(match.group(1))].layer_number - 1
-    return f"decoder.layers.{layer}.{LOCAL_NAMES.get(match.group(2), match.group(2))}"
+    return f"decoder.layers.{layer}.{table_name(match.group(2), config)}"
 
 
 def _mapping_of(name: str, by_name: dict[str, Mapping]) -> Mapping:

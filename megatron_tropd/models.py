@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import ON_CPU, Layout
+from megatron_tropd.hf_mapping import expert_name
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -113,6 +114,12 @@ def build_transformer_config(
         add_bias_linear=False,
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
+        num_moe_experts=config.num_moe_experts,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size,
+        moe_router_topk=config.moe_router_topk,
+        moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_router_load_balancing_type="none",
+        moe_grouped_gemm=config.num_moe_experts is not None and _use_transformer_engine(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel_size,
@@ -143,9 +150,19 @@ def choose_layer_spec(config: ModelConfig) -> ModuleSpec:
     """TransformerEngine's layers where it works, Megatron's local ones elsewhere; says which in the log."""
     if _use_transformer_engine():
         logger.info("layer spec: transformer-engine")
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.num_moe_experts is not None,
+            qk_layernorm=config.qk_layernorm,
+        )
     logger.info("layer spec: local (transformer-engine is not usable here)")
-    return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    if config.num_moe_experts is not None:
+        # Megatron renames this norm on disk to where TE fuses it in a dense layer; before experts TE keeps it apart.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return spec
 
 
 def _use_transformer_engine() -> bool:
@@ -168,7 +185,8 @@ def initialize_weights(model: GPTModel, layout: Layout, *, vocab_size: int, std:
     shard. Output projections are scaled by 1/sqrt(2 layers), Megatron's default. Padded vocabulary rows are 0.
     """
     config = model.config
-    for name, parameter in model.named_parameters():
+    for own_name, parameter in model.named_parameters():
+        name = expert_name(own_name)
         if parameter.dim() == 1:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

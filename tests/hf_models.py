@@ -43,9 +43,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 4},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe_unnormalised": {
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    },
 }
 """Between them: tied and untied, grouped and full attention, heads wider and narrower than hidden / heads, QKV bias,
-QK norm, RoPE scaling."""
+QK norm, RoPE scaling, experts with either normalisation of the router."""
 
 
 def save_model(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

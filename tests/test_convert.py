@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,14 +36,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _start(*arguments: Any) -> subprocess.CompletedProcess[str]:
+def _start(*arguments: Any, largest_file: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+    """``largest_file`` in bytes is where the system stops a file from growing, as a full disk would."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=REPOSITORY, check=False, preexec_fn=limit
+    )
 
 
-def _convert(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return _start("tools/convert_checkpoint.py", *arguments)
+def _convert(*arguments: Any, largest_file: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+    return _start("tools/convert_checkpoint.py", *arguments, largest_file=largest_file)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -173,7 +182,25 @@ def test_the_tool_refuses_before_it_writes(folder: Path, converted: Path, tmp_pa
     hf_models.edit_config(copy, model_type="gemma")
     finished = _convert("hf-to-megatron", "--hf", copy, "--out", tmp_path / "out", "--pp", 2)
     assert finished.returncode == 2 and finished.stderr.startswith("error: config.json: model_type 'gemma'")
+    finished = _convert("hf-to-megatron", "--hf", folder, "--out", tmp_path / "out", "--backend", "bridge")
+    assert finished.returncode == 2 and finished.stderr.startswith(
+        "error: --backend bridge needs Megatron-Bridge, which"
+    )
+    finished = _convert("hf-to-megatron", "--hf", folder, "--out", tmp_path / "out", "--backend", "bridge", "--tp", 2)
+    assert finished.returncode == 2 and "in one process: leave out --tp" in finished.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_no_space_is_one_error_and_leaves_nothing(folder: Path, converted: Path, tmp_path: Path) -> None:
+    for direction, source, message in (
+        ("hf-to-megatron", [], "out.incomplete could not be written"),
+        ("megatron-to-hf", ["--megatron", converted], "model.safetensors could not be written"),
+    ):
+        finished = _convert(direction, *source, "--hf", folder, "--out", tmp_path / "out", largest_file=10_000)
+        assert finished.returncode == 2, finished.stderr
+        errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0] and "free some space" in errors[0], finished.stderr
+        assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -218,49 +245,63 @@ def test_a_run_starts_from_a_folder_and_names_what_differs(folder: Path, tmp_pat
     )
 
 
-def _sft_twice(path: str) -> list[str]:
-    """Train from the folder; again, as after a crash behind the last step; returns what each run cannot export."""
+TOKENS = torch.arange(20).reshape(2, 10) * 7 % hf_models.VOCAB_SIZE
+REFUSALS = {
+    "experts": {
+        "a student with experts trains with tensor_model_parallel_size 1 only, found 2": [
+            "--parallel.tensor_model_parallel_size=2",
+            "--parallel.pipeline_model_parallel_size=1",
+        ],
+        "moe_router_topk 5 is more than student.num_moe_experts 4": ["--student.moe_router_topk=5"],
+        "num_moe_experts None and student.moe_ffn_hidden_size 24 belong together": ["--student.num_moe_experts=null"],
+    },
+    "dense": {
+        "training.export_hf needs a Hugging Face folder .* Found none": [
+            "--student.load=null",
+            "--tokenizer.kind=characters",
+        ],
+        "student.load .*: a qwen2 config.json cannot express this model: qk_layernorm": ["--student.qk_layernorm=true"],
+    },
+}
+"""Message to the overrides that bring it about."""
+
+
+def _sft_twice(path: str, run: str, kind: str) -> Any:
+    """Train from a folder; again, as after a crash behind the last step; then what is refused; then the checkpoint."""
     from megatron_tropd.config import ConfigError
     from megatron_tropd.config_parser import load_config
     from megatron_tropd.trainer import sft
 
-    layout = "--parallel.tensor_model_parallel_size=2"
-    sft(load_config(path, [layout]))
-    sft(load_config(path, [layout]))
-    messages = []
-    for overrides in (
-        ["--student.load=null", "--tokenizer.kind=characters"],
-        ["--student.qk_layernorm=true"],
-    ):
-        with pytest.raises(ConfigError) as error:
-            sft(load_config(path, [layout, *overrides]))
-        messages.append(str(error.value))
-    return messages
+    sft(load_config(path))
+    sft(load_config(path))
+    for message, overrides in REFUSALS[kind].items():
+        with pytest.raises(ConfigError, match=message):
+            sft(load_config(path, overrides))
+    if kind == "experts":
+        _learn_from_experts(path, f"{run}-teacher")
+    return _checkpoint_logits(run)
 
 
-def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path: Path) -> None:
-    """The exported weights are the last checkpoint's, moved by training, and compute what they compute in Megatron."""
-    path = _config(tmp_path, folder)
-    config = yaml.safe_load(path.read_text())
-    config["optimizer"] = {"lr": 0.01}
-    config["training"] |= {"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 2, "export_hf": True}
-    path.write_text(yaml.safe_dump(config))
-    for without, wrong in run_ranks(2, _sft_twice, str(path)):
-        assert re.search("training.export_hf needs a Hugging Face folder .* Found none", without)
-        assert re.search("student.load .*: a qwen2 config.json cannot express this model: qk_layernorm", wrong)
-    out = tmp_path / "run" / "hf" / "step_3"
-    assert [each.name for each in out.parent.iterdir()] == ["step_3"]
-    tokens = torch.arange(20).reshape(2, 10) * 7 % hf_models.VOCAB_SIZE
-    _, logits = hf_models.frequencies_and_logits(out, tokens)
-    _, before = hf_models.frequencies_and_logits(folder, tokens)
-    assert abs(logits - before).max() > 0.01
-    [ours] = run_ranks(1, _checkpoint_logits, str(tmp_path / "run"), tokens)
-    assert abs(ours - logits).max() < 1e-4
-    assert HuggingFaceTokenizer(out).fingerprint == huggingface_fingerprint(folder)
+def _learn_from_experts(path: str, run: str) -> None:
+    """One step of a dense student under tensor parallelism, on its own answers and on the teacher's."""
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.generate import generate
+    from megatron_tropd.trainer import train
+
+    overrides = [
+        f"--output_dir={run}", f"--guidance.answers={run}/answers.jsonl", "--rollout.samples_per_prompt=1",
+        "--training.train_iters=1", "--training.export_hf=false", "--parallel.tensor_model_parallel_size=2",
+        "--parallel.pipeline_model_parallel_size=1",
+    ]  # fmt: skip
+    config = load_config(path, overrides)
+    dense = replace(config.student, num_moe_experts=None, moe_ffn_hidden_size=None, load=None)
+    config = replace(config, teacher=config.student, student=dense)
+    generate(config)
+    train(config)
 
 
-def _checkpoint_logits(run: str, tokens: torch.Tensor) -> Any:
-    """Logits of the run's newest checkpoint in Megatron."""
+def _checkpoint_logits(run: str) -> Any:
+    """Logits of the run's newest checkpoint in Megatron, each rank for itself."""
     from megatron_tropd.checkpoint import load_weights, read_description, resolve
     from megatron_tropd.config import ModelConfig
     from megatron_tropd.models import build_model
@@ -274,5 +315,44 @@ def _checkpoint_logits(run: str, tokens: torch.Tensor) -> Any:
     model = build_model(config, layout, vocab_size=size, max_sequence_length=16, dtype=torch.float32, seed=None)
     load_weights(path, model, config, vocab_size=size, tokenizer=description.tokenizer)
     with torch.no_grad():
-        logits = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), attention_mask=None)
+        logits = model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), attention_mask=None)
     return logits[..., :size].numpy()
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path: Path, kind: str) -> None:
+    """The exported weights are the last checkpoint's, moved by training, and compute what they compute in Megatron."""
+    if kind == "experts":
+        folder = hf_models.save_model(tmp_path / "experts", "qwen3_moe")
+        experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2, "kv_channels": 16}
+        untied = {"qk_layernorm": True, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True}
+        path = _config(tmp_path, folder, **experts, **untied)
+        parallel = {"pipeline_model_parallel_size": 2}
+    else:
+        path, parallel = _config(tmp_path, folder), {"tensor_model_parallel_size": 2}
+    config = yaml.safe_load(path.read_text()) | {"optimizer": {"lr": 0.01}, "parallel": parallel}
+    config["training"] |= {"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 2, "export_hf": True}
+    path.write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    ours, _ = run_ranks(2, _sft_twice, str(path), str(run), kind)
+    out = run / "hf" / "step_3"
+    assert [each.name for each in out.parent.iterdir()] == ["step_3"]
+    _, logits = hf_models.frequencies_and_logits(out, TOKENS)
+    _, before = hf_models.frequencies_and_logits(folder, TOKENS)
+    assert abs(logits - before).max() > 0.01
+    assert abs(ours - logits).max() < 1e-4
+    assert HuggingFaceTokenizer(out).fingerprint == huggingface_fingerprint(folder)
+    if kind == "experts":
+        _assert_names_of_transformer_engine(run / "checkpoints" / "step_3")
+
+
+def _assert_names_of_transformer_engine(checkpoint: Path) -> None:
+    """Names under which Megatron's TE layers keep experts: TEGroupedMLP, and a norm of its own before them."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    on_disk = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    found = {name.removeprefix("model.decoder.layers.").removeprefix("decoder.layers.") for name in on_disk}
+    assert {
+        "self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight", "mlp.router.weight",
+        "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight",
+    } <= found, sorted(found)  # fmt: skip

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def _logits(model: Any, layout: Any) -> torch.Tensor | None:
     if not layout.is_first_stage:
         dist.recv(hidden, stages[layout.pipeline_rank - 1])
         model.set_input_tensor(hidden)
+    model.eval()  # Megatron's experts refuse to train under tensor parallelism without sequence parallelism
     with torch.no_grad():
         output = model(TOKENS, positions, attention_mask=None)
     if not layout.is_last_stage:
@@ -102,6 +104,52 @@ def test_logits_are_those_of_transformers_and_the_round_trip_keeps_every_bit(
             _assert_same_folder(tmp_path / f"{name}-tp{tp}-pp{pp}", folder)
 
 
+class _Tracker:
+    """The most bytes that tensors handed to it have held at one time."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.live += tensor.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(tensor, self._forget, tensor.nbytes)
+        return tensor
+
+    def _forget(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+def _peaks(folder: str, out: str, max_shard_bytes: int) -> dict[str, int]:
+    """Host bytes held at once while reading and while writing, on a rank that reads and writes."""
+    from megatron_tropd import hf_files, huggingface
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    reading, writing = _Tracker(), _Tracker()
+    read, gather = hf_files.TensorFiles.read, huggingface._gather
+    hf_files.TensorFiles.read = lambda *args, **kwargs: reading.add(read(*args, **kwargs))  # type: ignore[method-assign]
+    huggingface._gather = lambda *args, **kwargs: {  # type: ignore[assignment]
+        name: writing.add(tensor) for name, tensor in gather(*args, **kwargs).items()
+    }
+    model, config = _load(Path(folder), layout)
+    huggingface.export_huggingface(
+        model, layout, config, Path(out), Path(folder), vocab_size=hf_models.VOCAB_SIZE, max_shard_bytes=max_shard_bytes
+    )
+    return {"reading": reading.peak, "writing": writing.peak}
+
+
+def test_no_more_than_a_parameter_is_read_and_a_shard_written_at_once(tmp_path: Path) -> None:
+    folder = hf_models.save_model(tmp_path / "model", "qwen3", num_hidden_layers=12)
+    sizes = [tensor.nbytes for tensor in hf_models.tensors_of(folder).values()]
+    reader, other = run_ranks(2, _peaks, str(folder), str(tmp_path / "out"), 40_000)
+    # The parts of one parameter (three for QKV) while those of the one before are let go.
+    assert 0 < reader["reading"] <= 6 * max(sizes) < sum(sizes) / 4
+    # A shard, and tensors of the last parameter that belong to the next.
+    assert 0 < reader["writing"] <= 40_000 + 2 * max(sizes) < sum(sizes) / 2
+    assert other["reading"] == reader["reading"] and other["writing"] == 0
+
+
 def _assert_same_folder(found: Path, expected: Path) -> None:
     ours, theirs = hf_models.tensors_of(found), hf_models.tensors_of(expected)
     assert set(ours) == set(theirs)
@@ -155,7 +203,7 @@ def test_a_student_of_another_size_is_written_over_its_reference() -> None:
     ("name", "changes", "message"),
     [
         ("llama", {"model_type": "gemma"}, "model_type 'gemma' .* supported: llama .*mistral.*qwen2.*qwen3"),
-        ("llama", {"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' .* is not supported"),
+        ("llama", {"model_type": "qwen3_next"}, "model_type 'qwen3_next' .* is not supported"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures .* is not supported"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported: only 'silu'"),
         ("llama", {"attention_bias": True}, "attention_bias = True"),
@@ -172,6 +220,9 @@ def test_a_student_of_another_size_is_written_over_its_reference() -> None:
             "{'original_max_position_embeddings': 4096} is not supported: Megatron fixes",
         ),
         ("llama", {"rope_parameters": {**hf_models.LLAMA3_ROPE, "high_freq_factor": 8}}, "'high_freq_factor': 8"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = .0. is not supported: only"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported: only 1 is"),
+        ("qwen3_moe", {"num_experts": ...}, "num_experts must be a whole number of at least 1, found None"),
         ("mistral", {"sliding_window": 64}, "sliding_window = 64 is shorter than max_position_embeddings"),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, "sliding_window = 64"),
     ],
@@ -181,6 +232,18 @@ def test_what_megatron_cannot_express_is_refused(name: str, changes: dict[str, A
 
     with pytest.raises(HuggingFaceError, match=message):
         model_config(_config_values(name, **changes))
+
+
+def test_both_names_of_the_number_of_experts_are_read_and_written_back() -> None:
+    from megatron_tropd.hf_config import config_values, model_config
+
+    old = _config_values("qwen3_moe", torch_dtype="float32", architectures=["Qwen3MoeForCausalLM"])
+    new = {("num_local_experts" if key == "num_experts" else key): value for key, value in old.items()}
+    for values in (old, new):
+        config = model_config(values)
+        assert (config.num_moe_experts, config.moe_router_topk, config.moe_router_pre_softmax) == (4, 2, False)
+        written = config_values(replace(config, num_moe_experts=8), values, vocab_size=45, dtype="float32")
+        assert model_config(written).num_moe_experts == 8 and ("num_experts" in written) == ("num_experts" in values)
 
 
 def test_windows_that_change_nothing_are_accepted() -> None:
@@ -340,3 +403,19 @@ def test_a_repeated_tied_output_layer_and_old_rotary_buffers_are_read(folders: d
 
     _rewrite(folder, add)
     TensorFiles(folder).check(shapes, tied="model.embed_tokens.weight")
+
+
+def test_grouped_experts_of_transformer_engine_have_the_names_of_single_ones() -> None:
+    """TEGroupedMLP keeps expert 11's matrices as `linear_fc1.weight11`; Megatron's local layers, one module each."""
+    from megatron_tropd.hf_config import model_config
+    from megatron_tropd.hf_mapping import mappings, table_name
+
+    config = replace(model_config(_config_values("qwen3_moe")), num_moe_experts=12)
+    names = {mapping.megatron for mapping in mappings(config)}
+    for name in ("mlp.experts.linear_fc1.weight11", "mlp.experts.linear_fc2.weight0", "pre_mlp_layernorm.weight"):
+        assert f"decoder.layers.2.{table_name(name, config)}" in names
+    assert table_name("mlp.experts.linear_fc1.weight11", config) == table_name(
+        "mlp.experts.local_experts.11.linear_fc1.weight", config
+    )
+    dense = model_config(_config_values("qwen3"))
+    assert table_name("pre_mlp_layernorm.weight", dense) == "mlp.linear_fc1.layer_norm_weight"
