@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from test_kernels import FP32, check_gradient, check_mixture, check_pieces, check_statistics
 from vocab_parallel_cases import VARIANTS, check_against_dense, make_case, measure_memory
 
@@ -61,6 +62,24 @@ def test_compiled_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
             case.tokens_T.clamp_(min=0)
             check_against_dense(case, objective, None, inplace_backward=inplace)
     assert peak_bytes_per_element(preset("tropd-exact")) < 0.25
+
+
+def _compile_beside_megatron() -> tuple[int, float]:
+    """(graphs compiled, gradient error) in a process that trains on the CPU."""
+    from torch._dynamo.utils import counters
+
+    from megatron_tropd import cpu
+
+    assert cpu.install()
+    _, error = check_against_dense(make_case(1003, 1008, 1024), preset("opd"), None)
+    return counters["frames"]["ok"], error
+
+
+def test_compiles_where_megatron_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the compiler is switched off for Megatron, and a mode rewrites requests for CUDA."""
+    monkeypatch.setenv(BACKEND_VARIABLE, "compile")
+    ((num_graphs, error),) = run_ranks(1, _compile_beside_megatron)
+    assert num_graphs >= 2 and error < FP32
 
 
 def peak_bytes_per_element(objective: Any) -> float:

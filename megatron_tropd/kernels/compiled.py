@@ -262,7 +262,10 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             torch._dynamo.maybe_mark_dynamic(argument, 0)
-    return _compiled(function)(*arguments)
+    # Where there is no GPU, `megatron_tropd.cpu` has switched the compiler off for Megatron's functions, and rewrites
+    # requests for CUDA in a mode that the compiler would trace: neither concerns what runs here.
+    with torch._dynamo.config.patch(disable=False), torch._C.DisableTorchFunction():
+        return _compiled(function)(*arguments)
 
 
 def _token_logits(columns: Columns, places_N: torch.Tensor) -> torch.Tensor:
