@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config", "draws", "jsonl", "kernels", "loss_report", "report", "types"},
+    {"config", "draws", "jsonl", "kernels", "loss_report", "report", "sandbox", "types"},
     {
         "answers",
         "batch",
