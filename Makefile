@@ -4,7 +4,7 @@ READY := .venv/.ready
 REAL := .venv/.demo-real
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-real test slow lint types check clean
+.PHONY: help setup demo demo-real test slow faults lint types check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -32,6 +32,9 @@ test: $(READY)  ## the whole test suite but the slow part
 
 slow: $(REAL)  ## the slow part of the test suite
 	@$(PYTHON) -m pytest -m slow
+
+faults: $(READY)  ## kill ranks at random moments, TRIALS=50 times; every restart must end bit for bit the same
+	@PYTHONPATH=. $(PYTHON) tools/faults.py --trials=$(or $(TRIALS),50)
 
 lint: $(READY)  ## ruff: rules and formatting
 	@$(PYTHON) -m ruff check .

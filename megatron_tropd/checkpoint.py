@@ -8,8 +8,10 @@ move. On-disk tensor names are Megatron's TransformerEngine names, whichever lay
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,22 +21,23 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.config import ModelConfig, architecture
-from megatron_tropd.distributed import Layout
+from megatron_tropd.distributed import Layout, from_main
+from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
 from megatron_tropd.optimization import load_optimizer_state
 from megatron_tropd.step import Learner
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, is_main_replica
 from megatron.core.models.gpt import GPTModel
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = "tropd.json"
 LATEST = "latest"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another model or tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ class Description:
     """The fields of ModelConfig that decide shapes and function."""
 
 
-def save_checkpoint(folder: Path, learner: Learner, description: Description, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, learner: Learner, description: Description, *, keep: int, keep_every: int = 0
+) -> Path:
     """Write ``folder/step_N`` (all ranks call this), move ``latest``, drop all but the newest ``keep`` (0: none).
 
+    Steps that ``keep_every`` divides stay. A full disk or a failed write on any rank is a CheckpointError on every one.
     A crash at any moment leaves the previous ``latest`` valid.
     """
     final = folder / f"step_{description.step}"
@@ -64,17 +70,63 @@ def save_checkpoint(folder: Path, learner: Learner, description: Description, *,
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    _save_state(_training_state(learner, is_loading=False), temporary, is_main=is_main)
-    dist.barrier()
-    if is_main:
-        _write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _write_durably(folder / LATEST, final.name)
-        _prune(folder, keep, newest=final)
-    dist.barrier()
+    state = _training_state(learner, is_loading=False)
+    num_bytes = _global_bytes(state, learner.layout)
+    _on_main(lambda: require_space(temporary, num_bytes), is_main)
+    _write_state(state, temporary)
+    _on_main(lambda: _publish(temporary, final, description, keep, keep_every), is_main)
     return final
+
+
+def _publish(temporary: Path, final: Path, description: Description, keep: int, keep_every: int) -> None:
+    folder = final.parent
+    write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
+    seal(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    write_durably(folder / LATEST, final.name)
+    _prune(folder, keep, newest=final, keep_every=keep_every)
+
+
+def _write_state(state: ShardedStateDict, folder: Path) -> None:
+    """Megatron's writers; where a rank cannot write, every rank says which, and nothing stays behind."""
+    failure = ""
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except CheckpointException as error:  # a BaseException, told to rank 0 alone
+        failure = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in sorted(error.failures.items()))
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        failure = f"rank {dist.get_rank()}: {error}"
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, " ".join(failure.split())[:500])
+    if any(failures):
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} could not be written ({'; '.join(text for text in failures if text)}): make room there, or save "
+            "elsewhere; older checkpoints are intact"
+        )
+
+
+def _on_main(action: Callable[[], None], is_main: bool) -> None:
+    """Run ``action`` on rank 0; its failure is a CheckpointError on every rank."""
+    failure = ""
+    if is_main:
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            failure = str(error)
+    if failure := from_main(failure):
+        raise CheckpointError(failure)
+
+
+def _global_bytes(state: ShardedStateDict, layout: Layout) -> int:
+    """Bytes of all tensors in the checkpoint, each counted where its main replica is."""
+    found = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+    mine = [entry.data for entry in found if is_main_replica(entry.replica_id) and entry.data is not None]
+    total = torch.tensor(sum(tensor.nbytes for tensor in mine), dtype=torch.int64, device=layout.device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
@@ -82,6 +134,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
 
     Any tensor- and pipeline-parallel layout can load it. Raises CheckpointError for another model, tokenizer or seed.
     """
+    _on_main(lambda: verify(path), learner.layout.is_main)
     found = read_description(path)
     _check_same(path, found, replace(expected, step=found.step))
     state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
@@ -94,6 +147,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
 def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:
     """Fill ``model`` from a checkpoint (``step_N``, or a folder with ``latest``), whatever layout wrote it."""
     path = resolve(path)
+    _on_main(lambda: verify(path), dist.get_rank() == 0)
     found = read_description(path)
     expected = Description(found.step, found.seed, vocab_size, tokenizer, architecture(config))
     _check_same(path, found, expected)
@@ -108,10 +162,10 @@ def save_weights(path: Path, model: GPTModel, layout: Layout, description: Descr
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    _save_state({"model": model.sharded_state_dict()}, temporary, is_main=layout.is_main)
-    dist.barrier()
+    _write_state({"model": model.sharded_state_dict()}, temporary)
     if layout.is_main:
-        _write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
+        write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
+        seal(temporary)
         os.rename(temporary, path)
     dist.barrier()
 
@@ -122,12 +176,51 @@ def weights_dtype(path: Path) -> torch.dtype:
     return tensors["embedding.word_embeddings.weight"].dtype
 
 
+def find_checkpoint(folder: Path, *, fall_back: bool, is_main: bool) -> Path | None:
+    """Where a run continues, as rank 0 sees it: what ``latest`` names, or with ``fall_back`` the newest whole one."""
+    found: list[Path | None] = []
+    search = newest_whole_checkpoint if fall_back else latest_checkpoint
+    _on_main(lambda: found.append(search(folder)), is_main)
+    return from_main(found[0] if found else None)
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """What ``latest`` names or, where that is damaged, the newest step whose every file is as the manifest says."""
+    newest = None
+    try:
+        newest = latest_checkpoint(folder)
+        if newest is None:
+            return None
+        verify(newest)
+        return newest
+    except CheckpointError as damage:
+        for _, path in sorted(_steps(folder).items(), reverse=True):
+            if path != newest and _is_whole(path):
+                logger.warning("%s; falling back to %s", damage, path.name)
+                return path
+        raise
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; None for a run that has none yet."""
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    path = folder / pointer.read_text(encoding="utf-8").strip()
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{pointer} cannot be read ({error}); write the newest step_N into it") from error
+    if not name.removeprefix("step_").isdecimal():
+        raise CheckpointError(f"{pointer} holds {name[:40]!r}, not the name of a checkpoint; write step_N into it")
+    path = folder / name
     if not (path / DESCRIPTION).exists():
         raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint; restore that folder")
     return path
@@ -152,7 +245,7 @@ def read_description(path: Path) -> Description:
     try:
         description = Description(**json.loads(file.read_text(encoding="utf-8")))
         return replace(description, architecture=architecture(ModelConfig(**description.architecture)))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{file} is missing or damaged ({error}); use another checkpoint") from error
 
 
@@ -181,38 +274,19 @@ def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
     return {"model": model, "optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
 
 
-def _save_state(state: ShardedStateDict, folder: Path, *, is_main: bool) -> None:
-    """Write ``state``; where a rank cannot, all ranks raise CheckpointError and nothing stays behind."""
-    try:
-        dist_checkpointing.save(state, str(folder))
-    except CheckpointException as error:
-        free = shutil.disk_usage(folder.parent).free
-        if is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        reasons = {str(failure) for failure, _ in error.failures.values()}  # Megatron tells them to rank 0 alone
-        raise CheckpointError(
-            f"{folder} could not be written ({'; '.join(sorted(reasons)) or 'rank 0 says why'}; {free / 1e9:,.1f} GB "
-            "are free there): free some space, or save elsewhere, and try again"
-        ) from error
+def _steps(folder: Path) -> dict[int, Path]:
+    return {int(n): path for path in folder.glob("step_*") if (n := path.name.removeprefix("step_")).isdigit()}
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _prune(folder: Path, keep: int, *, newest: Path) -> None:
+def _prune(folder: Path, keep: int, *, newest: Path, keep_every: int = 0) -> None:
     """Remove what crashes left behind and all but ``keep`` checkpoints; never ``newest``, which ``latest`` names.
 
-    A crash between publishing a checkpoint and moving ``latest`` leaves a step ahead of the one that is resumed.
+    A crash between publishing a checkpoint and moving ``latest`` leaves a step ahead of the one that is resumed. Steps
+    that ``keep_every`` divides are not counted and stay.
     """
     for leftover in folder.glob("step_*.incomplete"):
         shutil.rmtree(leftover)
-    steps = {int(n): path for path in folder.glob("step_*") if (n := path.name.removeprefix("step_")).isdigit()}
-    older = [steps[step] for step in sorted(steps) if steps[step] != newest]
+    steps = _steps(folder)
+    older = [steps[step] for step in sorted(steps) if steps[step] != newest and (not keep_every or step % keep_every)]
     for old in older[: len(older) - (keep - 1)] if 0 < keep <= len(older) else []:
         shutil.rmtree(old)

@@ -232,6 +232,10 @@ class TrainingConfig:
     """Steps between checkpoints; the last step and SIGTERM always save."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of every this many steps are kept besides; 0: none."""
+    fall_back: bool = False
+    """Where the newest checkpoint is damaged, continue from the newest whole one instead of refusing."""
     export_hf: bool = False
     """At the end, write the student as a Hugging Face folder too: <output_dir>/hf/step_N. What config.json says beyond
     the architecture, and the tokenizer's files, come from the Hugging Face folder in student.load, tokenizer.model or

@@ -62,6 +62,7 @@ _LOWEST = {
     "training.eval_samples": 1,
     "training.save_interval": 0,
     "training.keep_checkpoints": 0,
+    "training.keep_every": 0,
     "training.log_rollouts": 0,
 }
 
@@ -74,7 +75,8 @@ def _check_numbers(config: Config) -> None:
             _require(finite, f"{section_name}.{name} must be a finite number, found {value}")
             lowest = _LOWEST.get(f"{section_name}.{name}")
             _require(
-                lowest is None or value >= lowest, f"{section_name}.{name} must be at least {lowest}, found {value}"
+                lowest is None or value is None or value >= lowest,
+                f"{section_name}.{name} must be at least {lowest}, found {value}",
             )
     optimizer = config.optimizer
     _require(

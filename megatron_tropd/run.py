@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd import distributed
-from megatron_tropd.checkpoint import Description, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import validate
 from megatron_tropd.config_parser import save_config
@@ -192,7 +192,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
 
 def resume(run: Run, learner: Learner) -> int:
     """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run)."""
-    newest = distributed.from_main(latest_checkpoint(run.checkpoints))
+    newest = find_checkpoint(run.checkpoints, fall_back=run.config.training.fall_back, is_main=run.layout.is_main)
     if newest is None:
         return 0
     step = load_checkpoint(newest, learner, run.describe(0))
@@ -203,7 +203,10 @@ def resume(run: Run, learner: Learner) -> int:
 
 def save(run: Run, learner: Learner, step: int) -> None:
     """Checkpoint of ``step`` steps done."""
-    save_checkpoint(run.checkpoints, learner, run.describe(step), keep=run.config.training.keep_checkpoints)
+    training = run.config.training
+    save_checkpoint(
+        run.checkpoints, learner, run.describe(step), keep=training.keep_checkpoints, keep_every=training.keep_every
+    )
 
 
 def export(run: Run, learner: Learner, step: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,114 @@ def test_old_checkpoints_are_pruned_and_nothing_temporary_stays(saved: tuple[Pat
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2"]
 
 
+# ---------------------------------------------------------------------------------------- damage, found before loading
+
+
+def _damage(step: Path, kind: str) -> str:
+    """Break one file of a checkpoint; returns what the message has to say."""
+    shard = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    if kind == "truncated shard":
+        shard.write_bytes(content[:-100])
+        return f"{shard.name} is damaged: {len(content) - 100} bytes, the manifest says {len(content)}"
+    if kind == "flipped byte":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        return f"{shard.name} is damaged: its SHA-256 is not the manifest's"
+    if kind == "missing shard":
+        shard.unlink()
+        return f"{shard.name} cannot be read (No such file or directory)"
+    if kind == "no manifest":
+        (step / "manifest.json").unlink()
+        return "manifest.json is missing or damaged"
+    (step / "common.pt").write_bytes(b"")
+    return "could run code"
+
+
+@pytest.fixture
+def two_steps(saved: tuple[Path, float], tmp_path: Path) -> Path:
+    """A folder with step_2 and, named by `latest`, the same as step_4."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved[0], folder)
+    shutil.copytree(folder / "step_2", folder / "step_4")
+    (folder / "latest").write_text("step_4")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["truncated shard", "flipped byte", "missing shard", "no manifest", "pickle"])
+def test_damage_is_named_and_older_checkpoints_are_taken_only_when_asked(two_steps: Path, kind: str) -> None:
+    from megatron_tropd.checkpoint import CheckpointError, newest_whole_checkpoint
+    from megatron_tropd.integrity import verify
+
+    verify(two_steps / "step_4")
+    assert newest_whole_checkpoint(two_steps) == two_steps / "step_4"
+    message = _damage(two_steps / "step_4", kind)
+    with pytest.raises(CheckpointError) as found:
+        verify(two_steps / "step_4")
+    assert message in str(found.value)
+    assert newest_whole_checkpoint(two_steps) == two_steps / "step_2"
+    _damage(two_steps / "step_2", kind)
+    with pytest.raises(CheckpointError):
+        newest_whole_checkpoint(two_steps)
+
+
+def test_a_pointer_never_leads_out_of_the_folder(two_steps: Path) -> None:
+    from megatron_tropd.checkpoint import CheckpointError, latest_checkpoint
+
+    (two_steps / "latest").write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="not the name of a checkpoint"):
+        latest_checkpoint(two_steps)
+
+
+def _what_goes_wrong(folder: str, damaged: str) -> list[str]:
+    """Messages of: a load of what is damaged, a disk that is too small, a write that fails on one rank."""
+    import resource
+
+    import torch.distributed as dist
+
+    from megatron_tropd import checkpoint, integrity
+    from tests import tiny
+
+    learner = tiny.build_learner(tiny.start(tp=2, pp=1))
+    messages = []
+
+    def attempt(action: Any) -> None:
+        try:
+            action()
+            messages.append("no error")
+        except checkpoint.CheckpointError as error:
+            messages.append(str(error))
+
+    attempt(lambda: checkpoint.load_checkpoint(Path(damaged), learner, _description(0)))
+    usage = integrity.shutil.disk_usage
+    integrity.shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+    attempt(lambda: checkpoint.save_checkpoint(Path(folder), learner, _description(6), keep=1))
+    integrity.shutil.disk_usage = usage
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    attempt(lambda: checkpoint.save_checkpoint(Path(folder), learner, _description(8), keep=1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    attempt(lambda: checkpoint.save_checkpoint(Path(folder), learner, _description(10), keep=1))
+    return messages
+
+
+def test_what_goes_wrong_on_one_rank_is_an_error_on_every_rank_and_the_next_save_works(
+    two_steps: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "step_4"
+    shutil.copytree(two_steps / "step_4", damaged)
+    _damage(damaged, "flipped byte")
+    found = run_ranks(2, _what_goes_wrong, str(two_steps), str(damaged))
+    for load, space, write, after in found:
+        assert "its SHA-256 is not the manifest's" in load and "training.fall_back=true" in load
+        assert "a checkpoint needs" in space and "0.0 MiB free" in space
+        assert "step_8.incomplete could not be written (rank 1: " in write and "older checkpoints are intact" in write
+        assert after == "no error"
+    assert sorted(path.name for path in two_steps.iterdir()) == ["latest", "step_10"]
+    assert (two_steps / "latest").read_text() == "step_10"
+
+
 def test_a_pointer_to_something_incomplete_and_a_damaged_description_are_refused(tmp_path: Path) -> None:
     from megatron_tropd.checkpoint import CheckpointError, latest_checkpoint, read_description, resolve
 
@@ -98,6 +207,8 @@ def test_pruning_spares_what_latest_names_and_what_is_not_a_checkpoint(tmp_path:
     assert len(list(tmp_path.iterdir())) == 6
     _prune(tmp_path, 2, newest=tmp_path / "step_4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "step_4", "step_9", "step_best"]
+    _prune(tmp_path, 1, newest=tmp_path / "step_4", keep_every=3)
+    assert (tmp_path / "step_9").exists()
     _prune(tmp_path, 1, newest=tmp_path / "step_4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "step_4", "step_best"]
 

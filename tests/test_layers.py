@@ -19,6 +19,7 @@ LEVELS = [
         "data",
         "hf_config",
         "hf_mapping",
+        "integrity",
         "objectives",
         "sampling",
         "verify",
