@@ -236,6 +236,9 @@ class TrainingConfig:
     """Checkpoints of every this many steps are kept besides; 0: none."""
     fall_back: bool = False
     """Where the newest checkpoint is damaged, continue from the newest whole one instead of refusing."""
+    max_log_prob_gap: float | None = None
+    """Largest mean |trainer - engine| log-prob of the sampled tokens, in nats, that a step may have; a larger one stops
+    the run. None: only logged."""
     export_hf: bool = False
     """At the end, write the student as a Hugging Face folder too: <output_dir>/hf/step_N. What config.json says beyond
     the architecture, and the tokenizer's files, come from the Hugging Face folder in student.load, tokenizer.model or

@@ -63,6 +63,7 @@ _LOWEST = {
     "training.save_interval": 0,
     "training.keep_checkpoints": 0,
     "training.keep_every": 0,
+    "training.max_log_prob_gap": 0,
     "training.log_rollouts": 0,
 }
 

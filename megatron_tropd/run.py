@@ -186,6 +186,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
         normalization=config.training.normalization,
         fp32_logits=config.training.fp32_logits,
         head_chunk_size=config.training.head_chunk_size,
+        max_log_prob_gap=config.training.max_log_prob_gap if with_teacher else None,
         vocab_size=min(run.tokenizer.vocab_size, *sizes),
     )
 

@@ -9,7 +9,7 @@ Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry los
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -35,8 +35,21 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 Normalization = Literal["tokens", "sequences", "kept"]
 
 
-class NonFiniteError(ValueError):
-    """A loss or gradient is not finite; the optimizer has not moved."""
+class RefusedStepError(ValueError):
+    """A step that must not move the weights; the optimizer has not moved."""
+
+    def __init__(self, message: str, samples: Sequence[int] = ()):
+        super().__init__(message)
+        self.samples = tuple(samples)
+        """Ids of the samples at fault over all ranks; empty where no single one is."""
+
+
+class NonFiniteError(RefusedStepError):
+    """A loss or gradient is not finite."""
+
+
+class LogProbGapError(RefusedStepError):
+    """Engine and trainer disagree about the probabilities of the sampled tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Learner:
     """Keep the fused heads' logits in fp32."""
     head_chunk_size: int | None = None
     """Tokens of a chunk of the fused heads; None: from the sizes."""
+    max_log_prob_gap: float | None = None
+    """Largest mean |trainer - engine| log-prob in nats that a step may have; None: any."""
 
     @property
     def stage(self) -> StudentTeacherStage:
@@ -65,18 +80,21 @@ class Learner:
 def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """Forward, backward and optimizer step on the global batch; returns the step's metrics, equal on every rank.
 
-    Raises NonFiniteError on every rank, before the optimizer moves, where the loss or a gradient is not finite.
+    Raises a RefusedStepError on every rank, before the optimizer moves: NonFiniteError where the loss or a gradient is
+    not finite, LogProbGapError where engine and trainer disagree by more than the learner allows.
     """
     started = perf_counter()
     sums, bad_samples = forward_backward(learner, batch)
     teacher_seconds = learner.stage.pop_teacher_seconds()
     scheduled = perf_counter()
     _refuse_non_finite(learner, batch, sums, bad_samples)
+    metrics = step_metrics(sums)
+    _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)
     _, grad_norm, _ = learner.optimizer.step()
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     learner.scheduler.step(increment=1)
     return {
-        **step_metrics(sums),
+        **metrics,
         "grad_norm": float(grad_norm),
         "learning_rate": float(learning_rate),
         "seconds_teacher": teacher_seconds,
@@ -194,5 +212,17 @@ def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], b
     raise NonFiniteError(
         f"step {batch.step}: the {what} is not finite ({where}). "
         "The optimizer has not moved; the last checkpoint is intact. Plain K1 (opd, or gate=none) diverges where the "
-        "teacher gives a sampled token no mass: use gate=bernoulli, or lower the learning rate."
+        "teacher gives a sampled token no mass: use gate=bernoulli, or lower the learning rate.",
+        samples,
     )
+
+
+def _refuse_log_prob_gap(step: int, gap: float, limit: float | None) -> None:
+    """``gap``: mean |trainer - engine| log-prob of the sampled tokens, nats, equal on every rank."""
+    if limit is not None and gap > limit:
+        raise LogProbGapError(
+            f"step {step}: the log-probs of the engine that generated and of the trainer differ by {gap:.3g} nats on "
+            f"average, more than training.max_log_prob_gap {limit}. The two do not run the same model (weights not in "
+            "step, another precision, attention or sampling option), so the loss would be of the wrong policy. The "
+            "optimizer has not moved; correct that, or raise the limit."
+        )

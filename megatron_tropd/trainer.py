@@ -22,7 +22,7 @@ from megatron_tropd.objectives import preset
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
 from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
-from megatron_tropd.step import Learner, train_step
+from megatron_tropd.step import Learner, RefusedStepError, train_step
 from megatron_tropd.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,11 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         normalization=training.normalization,
         device=layout.device,
     )
-    metrics = train_step(learner, batch)
+    try:
+        metrics = train_step(learner, batch)
+    except RefusedStepError as error:
+        _write_refused(run, step, [r for r in rollouts if not error.samples or r.request.sample_id in error.samples])
+        raise
     seconds = perf_counter() - started
     _write_samples(run, step, rollouts[: training.log_rollouts])
     return {
@@ -208,6 +212,17 @@ def _write_samples(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(_readable(run, rollout), ensure_ascii=False) for rollout in rollouts]
     (folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_refused(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
+    """The samples of a step that was refused, each by the data-parallel replica that has it."""
+    if not run.layout.is_model_replica_leader or not rollouts:
+        return
+    folder = run.folder / "refused"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_readable(run, rollout), ensure_ascii=False) for rollout in rollouts]
+    path = folder / f"step_{step:06d}_replica_{run.layout.data_parallel_rank}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _readable(run: Run, rollout: Rollout) -> dict[str, Any]:

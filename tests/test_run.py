@@ -254,6 +254,19 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, d
     assert all("trained with another tokenizer" in text for text in by_tokenizer)
 
 
+def test_an_engine_that_disagrees_with_the_trainer_stops_the_run_and_the_samples_are_kept(
+    tmp_path: Path, data: Path
+) -> None:
+    path = config_file(tmp_path, data, training={"max_log_prob_gap": 1e-12, "eval_interval": 0})
+    (both,) = _messages(path)
+    assert all(
+        "step 0: the log-probs of the engine that generated and of the trainer differ by" in text for text in both
+    )
+    kept = [json.loads(line) for file in (tmp_path / "run" / "refused").iterdir() for line in file.open()]
+    assert sorted(sample["sample_id"] for sample in kept) == list(range(16))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def _teach_answer_distil_evaluate(folder: str, paths: dict[str, str]) -> dict[str, Any]:
     """Every command in turn, as the demo runs them; `generate` twice, since it has to continue."""
     import torch.distributed as dist
