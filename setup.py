@@ -38,6 +38,7 @@ setup(
         # What tools/bench_loss.py measures beside ours. Give pip -c constraints.txt, so that nothing replaces torch.
         "bench": ["liger-kernel>=0.8", "nvidia-modelopt>=0.47", "requests", "trl>=1.16"],
         "dev": [
+            "hypothesis",
             "mypy",
             "pytest",
             "pytest-timeout",

@@ -66,7 +66,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         sections = parser.instantiate(namespace)
     except (ArgumentError, OverflowError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    return Config(**{field.name: sections[field.name] for field in fields(Config) if field.name in sections})
+    config = Config(**{field.name: sections[field.name] for field in fields(Config) if field.name in sections})
+    _refuse_null(config, "", str(path))
+    return config
+
+
+def _refuse_null(section: Any, prefix: str, where: str) -> None:
+    """A null where the field's type has none: jsonargparse lets it through."""
+    hints = get_type_hints(type(section))
+    for name, value in vars(section).items():
+        if is_dataclass(value):
+            _refuse_null(value, f"{prefix}{name}.", where)
+        elif value is None and type(None) not in get_args(hints[name]):
+            raise ConfigError(f"{where}: {prefix}{name} must have a value, found null: leave it out for its default")
 
 
 def save_config(config: Config, path: Path) -> None:
