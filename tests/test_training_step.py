@@ -166,6 +166,36 @@ def test_bfloat16_weights_train_with_float32_main_gradients() -> None:
     assert low == pytest.approx(high, rel=0.05)
 
 
+def _compare_heads_of_an_untied_student() -> float:
+    """Largest difference between the gradients through whole logits and through the fused heads, bf16 weights too."""
+    import dataclasses
+
+    from megatron_tropd.step import forward_backward
+    from tests import tiny
+
+    worst = 0.0
+    untied = dataclasses.replace(tiny.STUDENT, untie_embeddings_and_output_weights=True)
+    for (tp, pp), dtype in itertools.product([(2, 1), (1, 2)], [torch.float32, torch.bfloat16]):
+        layout = tiny.start(tp=tp, pp=pp)
+        learner = tiny.build_learner(layout, student=untied, dtype=dtype)
+        batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2)
+        found = {}
+        for mode in ("logits", "fused", "fused-recompute"):
+            learner.stage.output_head = mode
+            forward_backward(learner, batch)
+            found[mode] = torch.cat([buffer.grad_data.flatten().clone() for buffer in learner.model.buffers])
+        tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+        for mode in ("fused", "fused-recompute"):
+            error = float((found[mode] - found["logits"]).norm() / found["logits"].norm())
+            assert error < tolerance, (tp, pp, dtype, mode, error)
+            worst = max(worst, error / tolerance)
+    return worst
+
+
+def test_the_fused_heads_of_an_untied_student() -> None:
+    assert max(run_ranks(2, _compare_heads_of_an_untied_student)) < 1
+
+
 def _run_sequence_parallel_head() -> list[list]:
     """Gradients of the hidden states and of the weight through Megatron's output layer, sequence parallel and not."""
     from megatron.core.tensor_parallel import ColumnParallelLinear

@@ -37,7 +37,9 @@ def pair_statistics(student: Columns, teacher: Columns, ids_N: torch.Tensor, fir
     """Twin of `kernels.statistics.pair_statistics`."""
     found_N8 = torch.empty(student.rows_N.shape[0], 8, device=ids_N.device)
     for span, student_CV, teacher_CV in _pair_blocks(student, teacher):
-        found_N8[span] = _run(_pair, student_CV, teacher_CV)
+        found_C8 = _run(_pair, student_CV, teacher_CV, False)
+        # 0 * inf = nan is rare: look at it again where it happened instead of masking every element.
+        found_N8[span] = _run(_pair, student_CV, teacher_CV, True) if found_C8.isnan().any() else found_C8
     found_N8[:, 1] = _token_logits(student, ids_N - first_id)
     found_N8[:, 3] = _token_logits(teacher, ids_N - first_id)
     return found_N8
@@ -104,7 +106,8 @@ def _gradient_call(
         return _softmax_element, (student_CV, a_C1, log_sum_exp_s)
     normalizers = log_sum_exp_s, coefficients.teacher_log_sum_exp_N[span, None]
     if coefficients.mixture_beta is None:
-        return _element, (student_CV, teacher_CV, a_C1, b_C1, c_C1, *normalizers)
+        has_b, has_c = bool(b_C1.any()), bool(c_C1.any())
+        return _element, (student_CV, teacher_CV, a_C1, b_C1, c_C1, *normalizers, has_b, has_c)
     constants = _mixture_constants(coefficients.mixture_beta)
     return _mixture_element, (student_CV, teacher_CV, a_C1, b_C1, c_C1, *normalizers, *constants)
 
@@ -138,14 +141,15 @@ def _finite(peak_C: torch.Tensor) -> torch.Tensor:
     return torch.where(peak_C == -math.inf, 0.0, peak_C)
 
 
-def _pair(student_CV: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
+def _pair(student_CV: torch.Tensor, teacher_CV: torch.Tensor, exact_zeros: bool) -> torch.Tensor:
     """Sums over exp(logit - peak), as the Triton kernel takes them: each logit is read twice and its exp taken once."""
     peak_s, x = _below_peak(student_CV)
     peak_t, y = _below_peak(teacher_CV)
     p, q, log_ratio = x.exp(), y.exp(), x - y
     total_s, total_t = p.sum(-1), q.sum(-1)
-    log_s, log_t = _expectation(p, x), _expectation(q, y)
-    ratio_s, ratio_t = _expectation(p, log_ratio), _expectation(q, log_ratio)
+    expectation = _expectation if exact_zeros else _plain_expectation
+    log_s, log_t = expectation(p, x), expectation(q, y)
+    ratio_s, ratio_t = expectation(p, log_ratio), expectation(q, log_ratio)
     # A model without mass here expects nothing.
     mass_s, mass_t = torch.where(total_s == 0, 1.0, total_s), torch.where(total_t == 0, 1.0, total_t)
     log_masses = mass_s.log() - mass_t.log()
@@ -168,6 +172,10 @@ def _below_peak(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _expectation(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.where(probs == 0, 0.0, probs * values).sum(-1)
+
+
+def _plain_expectation(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (probs * values).sum(-1)
 
 
 def _mixture_constants(beta: float) -> tuple[float, float]:
@@ -208,11 +216,19 @@ def _element(
     c: torch.Tensor,
     log_sum_exp_s: torch.Tensor,
     log_sum_exp_t: torch.Tensor,
+    has_b: bool,
+    has_c: bool,
 ) -> torch.Tensor:
     log_p, log_q = student.float() - log_sum_exp_s, teacher.float() - log_sum_exp_t
-    p, weight = log_p.exp(), c * log_p.exp()
-    # Not b p - b q: equal models have a gradient of exactly 0.
-    return a * p + b * (p - log_q.exp()) + torch.where(weight == 0, 0.0, weight * (log_p - log_q))
+    p = log_p.exp()
+    gradient = a * p
+    if has_b:
+        # Not b p - b q: equal models have a gradient of exactly 0.
+        gradient = gradient + b * (p - log_q.exp())
+    if has_c:
+        weight = c * p
+        gradient = gradient + torch.where(weight == 0, 0.0, weight * (log_p - log_q))
+    return gradient
 
 
 def _mixture_element(

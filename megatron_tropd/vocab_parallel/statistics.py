@@ -71,32 +71,41 @@ def pair_statistics(
         at_C1 = columns_N[chunk.span, None]
         tokens_C2 = torch.cat((student_CV.gather(1, at_C1), teacher_CV.gather(1, at_C1)), -1)
         statistics_N8[chunk.span, 1:4:2] = tokens_C2.where(owned_N[chunk.span, None], _NO_MASS)
-        statistics_N8[chunk.span, 0], student_probs_CV = _normalize(student_CV)
-        statistics_N8[chunk.span, 2], teacher_probs_CV = _normalize(teacher_CV)
-        student_entropy_C = -expectation(student_probs_CV, student_CV)
-        teacher_entropy_C = -expectation(teacher_probs_CV, teacher_CV)
-        log_ratio_CV = student_CV.sub_(teacher_CV)
-        reverse_kl_C = expectation(student_probs_CV, log_ratio_CV)
-        forward_kl_C = -expectation(teacher_probs_CV, log_ratio_CV)
-        statistics_N8[chunk.span, 4:] = torch.stack(
-            (student_entropy_C, teacher_entropy_C, reverse_kl_C, forward_kl_C), -1
-        )
+        statistics_N8[chunk.span, 0], statistics_N8[chunk.span, 2], *divergences = _pair(student_CV, teacher_CV)
+        statistics_N8[chunk.span, 4:] = torch.stack(divergences, -1)
     return statistics_N8
 
 
-def _normalize(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn logits into log-probs in place; returns the log-sum-exp ``[C]`` and the probabilities ``[C, V]``.
+def _pair(student_CV: torch.Tensor, teacher_CV: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Both log-sum-exps, both entropies, KL(student || teacher), KL(teacher || student), ``[C]``; overwrites both.
 
-    A row without mass keeps its -inf and has probabilities 0.
+    With e = exp(x) for the logits x below their row's peak and Z their sum: H = log Z - sum e x / Z, and KL(p || q) =
+    sum e (x - y) / Z - log Z + log Z_q. Measured from the peaks, nothing large cancels. A model without mass here
+    expects nothing.
     """
+    peak_s, weights_s, total_s = _weights(student_CV)
+    peak_t, weights_t, total_t = _weights(teacher_CV)
+    log_s, log_t = expectation(weights_s, student_CV), expectation(weights_t, teacher_CV)
+    log_ratio_CV = student_CV.sub_(teacher_CV)
+    ratio_s, ratio_t = expectation(weights_s, log_ratio_CV), expectation(weights_t, log_ratio_CV)
+    empty_s, empty_t = total_s == 0, total_t == 0
+    mass_s, mass_t = total_s.masked_fill(empty_s, 1), total_t.masked_fill(empty_t, 1)
+    log_masses = mass_s.log() - mass_t.log()
+    return (
+        total_s.log() + peak_s,
+        total_t.log() + peak_t,
+        (mass_s.log() - log_s / mass_s).masked_fill(empty_s, 0),
+        (mass_t.log() - log_t / mass_t).masked_fill(empty_t, 0),
+        (ratio_s / mass_s - log_masses).masked_fill(empty_s, 0),
+        (log_masses - ratio_t / mass_t).masked_fill(empty_t, 0),
+    )
+
+
+def _weights(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moves the logits below their row's peak, in place; returns the peak ``[C]``, their exp and its sum ``[C]``."""
     peak_C = _finite_peak(logits_CV)
-    probs_CV = (logits_CV - peak_C[:, None]).exp_()
-    total_C = probs_CV.sum(-1)
-    log_sum_exp_C = total_C.log() + peak_C
-    empty_C = total_C == 0
-    probs_CV.div_(total_C.masked_fill(empty_C, 1)[:, None])
-    logits_CV.sub_(log_sum_exp_C.masked_fill(empty_C, 0)[:, None])
-    return log_sum_exp_C, probs_CV
+    weights_CV = logits_CV.sub_(peak_C[:, None]).exp()
+    return peak_C, weights_CV, weights_CV.sum(-1)
 
 
 def expectation(probs_CV: torch.Tensor, values_CV: torch.Tensor) -> torch.Tensor:
