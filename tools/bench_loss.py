@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loss_bench import costs
-from loss_bench.cases import CASES, ERROR_TOKENS, gradient_error, make_inputs
+from loss_bench.cases import CASES, ERROR_TOKENS, HEAD, gradient_error, make_inputs
 from loss_bench.implementations import Implementation, implementations
 
 FLOOR_BYTES = {"K1": 8, "top-k FKL": 8, "TrOPD mix": 8, "FKL": 10, "RKL": 10, "JSD": 14}
-"""Least bytes per element that forward and backward must read and write of bf16 logits (PERFORMANCE section 3)."""
+"""Least bytes per element that forward and backward must read and write of bf16 logits."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure of PERFORMANCE section 4 that a table of this machine can decide."""
+    """A ratio of times that ours has to reach."""
 
     what: str
     case: str
@@ -81,8 +81,27 @@ BARS = [
     *(
         Bar(f"{case}, compiled, beside dense code compiled", case, "dense, compiled", True, 1.3)
         for case in CASES
-        if case != "fused head"
+        if case != HEAD
     ),
+]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure that no row of ours from logits may pass."""
+
+    what: str
+    column: str
+    at_most: float
+    min_tokens: int = 0
+    """Judged from here on: what is allocated per row or per call weighs more where tokens are few."""
+
+
+LIMITS = [
+    Limit("largest in-place peak, B/elem", "peak_bytes_per_element", 0.25, min_tokens=1024),
+    Limit("most kept from forward to backward, B/elem", "kept_bytes_per_element", 0.02, min_tokens=1024),
+    Limit("most collectives", "collectives", 2),
+    Limit("largest gradient error (bf16)", "gradient_error", 4e-3),
 ]
 
 
@@ -163,15 +182,20 @@ def cells(row: Row) -> list[str]:
     return [row.case, name, *("-" if value is None else format(value, spec) for value, spec in values)]
 
 
-def judge(rows: list[Row]) -> list[list[str]]:
+def judge(rows: list[Row], num_tokens: int) -> list[list[str]]:
     """Every bar with what was found: ``[what, bar, found, verdict]``."""
     known = {(row.case, row.implementation): row for row in rows}
     lines = []
+    for limit in LIMITS:
+        values = [getattr(row, limit.column) for row in rows if row.ours and row.case != HEAD]
+        judged = values and num_tokens >= limit.min_tokens
+        verdict = "not measured" if not judged else "holds" if max(values) <= limit.at_most else "missed"
+        lines.append([limit.what, f"at most {limit.at_most:g}", f"{max(values):.2g}" if judged else "-", verdict])
     for bar in BARS:
         row = known.get((bar.case, bar.peer))
         ratio = None if row is None else row.time_ratio_compiled if bar.compiled else row.time_ratio
         verdict = "not measured" if ratio is None else "holds" if ratio >= bar.at_least else "missed"
-        lines.append([bar.what, f"{bar.at_least:g}x", "-" if ratio is None else f"{ratio:.2f}x", verdict])
+        lines.append([bar.what, f"at least {bar.at_least:g}x", "-" if ratio is None else f"{ratio:.2f}x", verdict])
     return lines
 
 
@@ -189,22 +213,22 @@ def _cpu() -> str:
     return f"{models[0]} ({len(models)} cores)" if models else "CPU"
 
 
-def print_tables(rows: list[Row], heading: str) -> None:
+def print_tables(rows: list[Row], heading: str, num_tokens: int) -> None:
     """To the terminal."""
     table = Table(title=heading)
     for name in ("case", "implementation", *COLUMNS):
         table.add_column(name, justify="left" if name in ("case", "implementation") else "right")
     for row in rows:
         table.add_row(*cells(row))
-    bars = Table("bar", "at least", "found", "", title="Bars")
-    for line in judge(rows):
+    bars = Table("bar", "", "found", "verdict", title="Bars")
+    for line in judge(rows, num_tokens):
         bars.add_row(*line)
     console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(table)
     console.print(bars)
 
 
-def markdown(rows: list[Row], heading: str) -> str:
+def markdown(rows: list[Row], heading: str, num_tokens: int) -> str:
     """The same as a section of a document."""
 
     def lines(header: list[str], body: list[list[str]]) -> list[str]:
@@ -212,7 +236,7 @@ def markdown(rows: list[Row], heading: str) -> str:
 
     parts = [f"## {heading}", "", *lines(["case", "implementation", *COLUMNS], [cells(row) for row in rows])]
     if any(row.tp == 1 for row in rows):
-        parts += ["", *lines(["bar", "at least", "found", "verdict"], judge(rows))]
+        parts += ["", *lines(["bar", "", "found", "verdict"], judge(rows, num_tokens))]
     return "\n".join(parts) + "\n"
 
 
@@ -239,12 +263,12 @@ def main() -> None:
         for case in arguments.cases:
             rows += measure_case(case, arguments, device, progress)
     if main_rank:
-        print_tables(rows, title(arguments, device))
+        print_tables(rows, title(arguments, device), arguments.tokens)
         if arguments.json is not None:
             arguments.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
         if arguments.markdown is not None:
             with arguments.markdown.open("a", encoding="utf-8") as document:
-                document.write("\n" + markdown(rows, title(arguments, device)))
+                document.write("\n" + markdown(rows, title(arguments, device), arguments.tokens))
     dist.destroy_process_group()
 
 

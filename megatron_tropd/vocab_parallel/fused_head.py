@@ -71,7 +71,7 @@ def fused_head_loss(
     Raises:
         ValueError: as `distillation_loss`; a token of region NONE; heads that do not fit each other or the tokens.
 
-    Source: METHOD section 1; chunking over tokens as in PERFORMANCE section 2.
+    Source: METHOD section 1; arXiv 2606.01249.
     """
     if check:
         check_heads(student, teacher, regions_N, weights_N, chunk_size)
