@@ -100,11 +100,12 @@ def _write_state(state: ShardedStateDict, folder: Path) -> None:
     failures: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(failures, " ".join(failure.split())[:500])
     if any(failures):
+        free = shutil.disk_usage(folder.parent).free
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
-            f"{folder} could not be written ({'; '.join(text for text in failures if text)}): make room there, or save "
-            "elsewhere; older checkpoints are intact"
+            f"{folder} could not be written ({'; '.join(text for text in failures if text)}; {free / 1e9:,.1f} GB are "
+            "free there): free some space, or save elsewhere, and try again; older checkpoints are intact"
         )
 
 
