@@ -17,8 +17,8 @@ import torch
 
 from megatron_tropd.kernels.arguments import Coefficients, Columns, Entries
 
-# Elements of a block of rows: its second and third reading come from the cache, and a copy of it, where rows are
-# scattered, is small beside a shard; large beside the cost of a call.
+# Elements of a block of rows: its second reading comes from the cache, and a copy of it, where rows are scattered, is
+# small beside a shard; large beside the cost of a call.
 _BLOCK_ELEMENTS = 2**20
 
 
@@ -77,11 +77,12 @@ def write_gradient(
         every_N = torch.arange(num_rows, device=gradient_TV.device)
         teacher = Columns(teacher.logits_TV, every_N if teacher_by_position else student.rows_N)
     stored = _entry_values(student, teacher, coefficients, entries, first_id)
+    _, has_b, has_c = coefficients.abc_N3.any(0).tolist()
     in_place = student.logits_TV.data_ptr() == gradient_TV.data_ptr()
     skipped_T = torch.ones(gradient_TV.shape[0], dtype=torch.bool, device=gradient_TV.device)
     skipped_T[student.rows_N] = False
     for span, student_CV, teacher_CV in _pair_blocks(student, teacher):
-        function, arguments = _gradient_call(coefficients, span, student_CV, teacher_CV)
+        function, arguments = _gradient_call(coefficients, span, student_CV, teacher_CV, has_b, has_c)
         rows = _rows(student.rows_N[span])
         if not isinstance(rows, slice):
             written_CV = torch.empty_like(student_CV, dtype=gradient_TV.dtype)
@@ -98,7 +99,12 @@ def write_gradient(
 
 
 def _gradient_call(
-    coefficients: Coefficients, span: slice, student_CV: torch.Tensor, teacher_CV: torch.Tensor | None
+    coefficients: Coefficients,
+    span: slice,
+    student_CV: torch.Tensor,
+    teacher_CV: torch.Tensor | None,
+    has_b: bool,
+    has_c: bool,
 ) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
     a_C1, b_C1, c_C1 = coefficients.abc_N3[span, :, None].unbind(1)
     log_sum_exp_s = coefficients.student_log_sum_exp_N[span, None]
@@ -106,7 +112,6 @@ def _gradient_call(
         return _softmax_element, (student_CV, a_C1, log_sum_exp_s)
     normalizers = log_sum_exp_s, coefficients.teacher_log_sum_exp_N[span, None]
     if coefficients.mixture_beta is None:
-        has_b, has_c = bool(b_C1.any()), bool(c_C1.any())
         return _element, (student_CV, teacher_CV, a_C1, b_C1, c_C1, *normalizers, has_b, has_c)
     constants = _mixture_constants(coefficients.mixture_beta)
     return _mixture_element, (student_CV, teacher_CV, a_C1, b_C1, c_C1, *normalizers, *constants)
@@ -128,7 +133,9 @@ def _entry_values(
     ]
     student_E1 = student.logits_TV[student.rows_N[positions_E], columns_E][:, None]
     teacher_E1 = None if teacher is None else teacher.logits_TV[teacher.rows_N[positions_E], columns_E][:, None]
-    function, arguments = _gradient_call(coefficients.select(positions_E), slice(None), student_E1, teacher_E1)
+    function, arguments = _gradient_call(
+        coefficients.select(positions_E), slice(None), student_E1, teacher_E1, True, True
+    )
     return student.rows_N[positions_E], columns_E, function(*arguments)[:, 0] + totals_E
 
 
@@ -273,15 +280,26 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
+_seen: set[tuple[Any, ...]] = set()
+
+
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     """Compiled once for each type and width; the number of rows may change."""
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            torch._dynamo.maybe_mark_dynamic(argument, 0)
-    # Where there is no GPU, `megatron_tropd.cpu` has switched the compiler off for Megatron's functions, and rewrites
-    # requests for CUDA in a mode that the compiler would trace: neither concerns what runs here.
-    with torch._dynamo.config.patch(disable=False), torch._C.DisableTorchFunction():
-        return _compiled(function)(*arguments)
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    kind = function, *((tensor.dtype, tensor.stride(), tensor.shape[1:]) for tensor in tensors)
+    if kind not in _seen:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    if not torch._dynamo.config.disable:
+        found = _compiled(function)(*arguments)
+    else:
+        # Where there is no GPU, `megatron_tropd.cpu` has switched the compiler off for Megatron's functions, and
+        # rewrites requests for CUDA in a mode that the compiler would trace: neither concerns what runs here.
+        with torch._dynamo.config.patch(disable=False), torch._C.DisableTorchFunction():
+            found = _compiled(function)(*arguments)
+    if tensors[0].shape[0] > 1:  # a single row is compiled for itself alone
+        _seen.add(kind)
+    return found
 
 
 def _token_logits(columns: Columns, places_N: torch.Tensor) -> torch.Tensor:
