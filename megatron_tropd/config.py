@@ -68,12 +68,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout both models share. Data-parallel size = world size / (tensor x pipeline)."""
+    """The layout both models share, unless the teacher runs ahead. Data-parallel size = world size / (tensor x
+    pipeline)."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer and the vocabulary."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages; each holds a slice of the student and of the teacher."""
+    sequence_parallel: bool = False
+    """Between layers, spread the positions over the tensor-parallel ranks: their activations take 1/tp of the memory,
+    for the same traffic. Switched off while generating."""
+    teacher_schedule: Literal["shared", "ahead"] = "shared"
+    """shared: the teacher's stage runs beside the student's, micro-batch by micro-batch. ahead: the teacher judges the
+    whole rollout batch first, in a layout of its own if the sizes below are set; one hidden state for each response
+    position waits for the student's schedule. The gradients are the same."""
+    teacher_tensor_model_parallel_size: int | None = None
+    """teacher_schedule=ahead, and `generate`: the teacher's; None: the student's."""
+    teacher_pipeline_model_parallel_size: int | None = None
+    """teacher_schedule=ahead, and `generate`: the teacher's; None: the student's."""
+    teacher_hidden: Literal["device", "host"] = "device"
+    """teacher_schedule=ahead: where hidden states wait, on the device or in pinned host memory."""
+    offload_teacher: bool = False
+    """teacher_schedule=ahead: the teacher's layers are in host memory but for the time of a pass."""
     distributed_timeout_minutes: int = 30
     """A collective that waits longer than this ends the job."""
 

@@ -16,16 +16,21 @@ def validate(config: Config, world_size: int, command: str) -> None:
     """
     _check_numbers(config)
     parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp, pp = layout_sizes(config, command)
     _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found tensor {tp} and pipeline {pp}")
     _require(
         world_size % (tp * pp) == 0,
         f"{world_size} processes cannot be split into tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
         f"{pp} = {tp * pp}: start a multiple of {tp * pp} processes (torchrun --nproc-per-node)",
     )
-    _check_model("student", config.student, tp, pp)
-    if config.teacher is not None:
-        _check_model("teacher", config.teacher, tp, pp)
+    _require(
+        parallel.tensor_model_parallel_size > 1 or not parallel.sequence_parallel,
+        "parallel.sequence_parallel spreads positions over tensor-parallel ranks, and there is only one: set "
+        "tensor_model_parallel_size above 1, or sequence_parallel=false",
+    )
+    if command != "generate":
+        _check_model("student", config.student, tp, pp)
+    _check_teacher_layout(config, world_size)
     _require(
         config.teacher is not None or command not in ("train", "generate"),
         f"`{command}` needs a teacher: add a teacher section with its architecture and load",
@@ -33,9 +38,9 @@ def validate(config: Config, world_size: int, command: str) -> None:
     _check_rollout(config)
     if command in ("train", "sft"):
         _require(
-            config.student.num_moe_experts is None or tp == 1,
-            f"a student with experts trains with tensor_model_parallel_size 1 only, found {tp}: Megatron asks for "
-            "sequence parallelism beside it, which this package does not have; use pipeline or data parallelism",
+            config.student.num_moe_experts is None or tp == 1 or parallel.sequence_parallel,
+            f"a student with experts trains with tensor_model_parallel_size {tp} only where positions are spread too "
+            "(Megatron asks for it): set parallel.sequence_parallel=true",
         )
         _check_training(config, world_size // (tp * pp), command)
     if command in ("train", "generate"):
@@ -44,6 +49,50 @@ def validate(config: Config, world_size: int, command: str) -> None:
         _require(
             config.data.validation is not None, "`evaluate` needs data.validation, a JSONL of prompts with answers"
         )
+
+
+def _check_teacher_layout(config: Config, world_size: int) -> None:
+    parallel = config.parallel
+    given = {
+        "teacher_tensor_model_parallel_size": parallel.teacher_tensor_model_parallel_size,
+        "teacher_pipeline_model_parallel_size": parallel.teacher_pipeline_model_parallel_size,
+        "offload_teacher": parallel.offload_teacher or None,
+        "teacher_hidden": parallel.teacher_hidden if parallel.teacher_hidden != "device" else None,
+    }
+    for name, value in given.items():
+        _require(
+            value is None or parallel.teacher_schedule == "ahead",
+            f"parallel.{name}={value} needs parallel.teacher_schedule=ahead: in the shared schedule the teacher lives "
+            "where the student does",
+        )
+    if config.teacher is None:
+        return
+    tp, pp = teacher_sizes(config)
+    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found the teacher's tensor {tp}, pipeline {pp}")
+    _require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be split into the teacher's tensor {tp} x pipeline {pp} = {tp * pp}: change "
+        "parallel.teacher_tensor_model_parallel_size, teacher_pipeline_model_parallel_size or the number of processes",
+    )
+    _check_model("teacher", config.teacher, tp, pp)
+
+
+def teacher_sizes(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of the teacher."""
+    parallel = config.parallel
+    tp = parallel.teacher_tensor_model_parallel_size
+    pp = parallel.teacher_pipeline_model_parallel_size
+    return (
+        parallel.tensor_model_parallel_size if tp is None else tp,
+        parallel.pipeline_model_parallel_size if pp is None else pp,
+    )
+
+
+def layout_sizes(config: Config, command: str) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of the layout a command starts with: `generate` runs the teacher alone."""
+    if command == "generate":
+        return teacher_sizes(config)
+    return config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
 
 
 def _require(holds: bool, message: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +20,13 @@ ON_CPU = cpu.install()
 from megatron.core import parallel_state  # noqa: E402  (after the CPU backend)
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+def _megatron_globals() -> dict[str, Any]:
+    return {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()}
+
+
+_UNINITIALIZED = {name: copy(value) for name, value in _megatron_globals().items()}
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,13 @@ class Layout:
     tensor_parallel_size: int
     pipeline_rank: int
     pipeline_size: int
+    sequence_parallel: bool
+    """Between layers each tensor-parallel rank has its own part of the positions."""
     device: torch.device
     owns_world: bool
     """torch.distributed was started for this layout, and ends with it."""
+    megatron_globals: dict[str, Any] = field(repr=False)
+    """Megatron's `parallel_state` in this layout."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -57,7 +72,12 @@ class Layout:
 
 
 def initialize(
-    *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int, timeout_minutes: int
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    seed: int,
+    timeout_minutes: int,
+    sequence_parallel: bool = False,
 ) -> Layout:
     """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
 
@@ -80,7 +100,7 @@ def initialize(
             distributed_timeout_minutes=timeout_minutes,
         )
     seed_everything(seed)
-    return _current_layout(device, owns_world)
+    return _current_layout(device, owns_world, sequence_parallel)
 
 
 def world_size() -> int:
@@ -88,7 +108,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _current_layout(device: torch.device, owns_world: bool) -> Layout:
+def _current_layout(device: torch.device, owns_world: bool, sequence_parallel: bool) -> Layout:
     return Layout(
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         rank=dist.get_rank(),
@@ -99,9 +119,42 @@ def _current_layout(device: torch.device, owns_world: bool) -> Layout:
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         device=device,
         owns_world=owns_world,
+        megatron_globals=_megatron_globals(),
     )
+
+
+def another_layout(
+    first: Layout, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, timeout_minutes: int
+) -> Layout:
+    """A second layout over the same ranks, for a model of its own; work on it inside `active`.
+
+    Megatron keeps its groups in module globals, so those of ``first`` are put aside while the second are made.
+    """
+    vars(parallel_state).update({name: copy(value) for name, value in _UNINITIALIZED.items()})
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+        sequence_parallel = first.sequence_parallel and tensor_model_parallel_size > 1
+        return _current_layout(first.device, owns_world=False, sequence_parallel=sequence_parallel)
+    finally:
+        vars(parallel_state).update(first.megatron_globals)
+
+
+@contextmanager
+def active(layout: Layout) -> Iterator[None]:
+    """Make ``layout`` the one that Megatron reads from its globals, then restore the former."""
+    former = _megatron_globals()
+    vars(parallel_state).update(layout.megatron_globals)
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(former)
 
 
 def seed_everything(seed: int) -> None:

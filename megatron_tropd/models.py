@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,13 @@ import torch.nn.functional as F
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.hf_mapping import expert_name
+from megatron_tropd.layer_spec import choose_layer_spec, use_transformer_engine
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.spec_utils import ModuleSpec
-
-logger = logging.getLogger(__name__)
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -53,7 +48,7 @@ def build_model(
     transformer_config = build_transformer_config(config, layout, dtype=dtype, recompute=recompute)
     model = GPTModel(
         config=transformer_config,
-        transformer_layer_spec=choose_layer_spec(config),
+        transformer_layer_spec=choose_layer_spec(config, transformer_config, layout.pipeline_rank),
         vocab_size=padded_vocab_size(
             vocab_size,
             divisible_by=config.make_vocab_size_divisible_by,
@@ -119,11 +114,12 @@ def build_transformer_config(
         moe_router_topk=config.moe_router_topk,
         moe_router_pre_softmax=config.moe_router_pre_softmax,
         moe_router_load_balancing_type="none",
-        moe_grouped_gemm=config.num_moe_experts is not None and _use_transformer_engine(),
+        moe_grouped_gemm=config.num_moe_experts is not None and use_transformer_engine(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_size,
+        sequence_parallel=layout.sequence_parallel,
         num_layers_in_first_pipeline_stage=config.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=config.num_layers_in_last_pipeline_stage,
         params_dtype=dtype,
@@ -133,7 +129,7 @@ def build_transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        attention_backend=AttnBackend.local if not _use_transformer_engine() else AttnBackend.auto,
+        attention_backend=AttnBackend.local if not use_transformer_engine() else AttnBackend.auto,
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron checks it against variable_seq_lengths, experts or not
@@ -144,35 +140,6 @@ def build_transformer_config(
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=not ON_CPU,
     )
-
-
-def choose_layer_spec(config: ModelConfig) -> ModuleSpec:
-    """TransformerEngine's layers where it works, Megatron's local ones elsewhere; says which in the log."""
-    if _use_transformer_engine():
-        logger.info("layer spec: transformer-engine")
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.num_moe_experts is not None,
-            qk_layernorm=config.qk_layernorm,
-        )
-    logger.info("layer spec: local (transformer-engine is not usable here)")
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
-    if config.num_moe_experts is not None:
-        # Megatron renames this norm on disk to where TE fuses it in a dense layer; before experts TE keeps it apart.
-        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    return spec
-
-
-def _use_transformer_engine() -> bool:
-    # transformer-engine without its CUDA libraries fails on import with errors of many kinds, so the question asked
-    # is Megatron's own: did the extension classes load?
-    if ON_CPU:
-        return False
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    return bool(gpt_layer_specs.HAVE_TE)
 
 
 # ----------------------------------------------------------------------------------------------- initial weights
@@ -238,6 +205,27 @@ def _partition_dim(parameter: torch.Tensor) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------- inference traces
+
+_SEQUENCE_PARALLEL_SWITCHES = "sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings"
+"""Attributes of Megatron's config and modules that say the sequence is cut over tensor-parallel ranks."""
+
+
+@contextmanager
+def whole_sequences(model: GPTModel) -> Iterator[None]:
+    """Switch sequence parallelism off for the time of generation, whose single positions do not divide over ranks."""
+    switched = [
+        (module, name)
+        for module in (model.config, *model.modules())
+        for name in _SEQUENCE_PARALLEL_SWITCHES
+        if getattr(module, name, False)
+    ]
+    try:
+        for module, name in switched:
+            setattr(module, name, False)
+        yield
+    finally:
+        for module, name in switched:
+            setattr(module, name, True)
 
 
 def release_inference_state(model: GPTModel) -> None:

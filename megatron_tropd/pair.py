@@ -37,6 +37,8 @@ class StudentTeacherStage(torch.nn.Module):
         super().__init__()
         self.module = student
         self.teacher = teacher
+        self.teacher_head_VH: torch.Tensor | None = None
+        """Its output weight where the teacher itself is elsewhere (`ahead`)."""
         self.output_head = output_head
         self.teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -81,10 +83,14 @@ class StudentTeacherStage(torch.nn.Module):
 
     def heads(self, student_NH: torch.Tensor, teacher_NH: torch.Tensor | None) -> tuple[OutputHead, OutputHead | None]:
         """What the fused loss reads, from the hidden states that `forward` gave on the last stage."""
-        teacher = None
-        if self.teacher is not None and teacher_NH is not None:
-            teacher = OutputHead(teacher_NH, _output_weight(self.teacher))
-        return OutputHead(student_NH, _output_weight(self.module)), teacher
+        teacher = None if teacher_NH is None else OutputHead(teacher_NH, self.teacher_weight())
+        return OutputHead(student_NH, output_weight(self.module)), teacher
+
+    def teacher_weight(self) -> torch.Tensor:
+        """The teacher's output weight ``[V, H]``, this rank's part of its vocabulary."""
+        weight_VH = self.teacher_head_VH if self.teacher is None else output_weight(self.teacher)
+        assert weight_VH is not None
+        return weight_VH
 
     def _run_model(self, model: GPTModel, batch: MicroBatch) -> torch.Tensor:
         positions_BS = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device).expand_as(batch.tokens_BS)
@@ -98,7 +104,8 @@ class StudentTeacherStage(torch.nn.Module):
         )
 
 
-def _output_weight(model: GPTModel) -> torch.Tensor:
+def output_weight(model: GPTModel) -> torch.Tensor:
+    """The last stage's shard ``[V, H]``; the embedding's where the two are tied."""
     tied = model.share_embeddings_and_output_weights
     return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
@@ -133,9 +140,8 @@ def _loss_position_logits(
     **_: Any,
 ) -> torch.Tensor:
     """Megatron's ``output_processor``: logits ``[N, V]`` of the positions ``context`` (in ``[B * S]``)."""
-    rows_N1H = _select(hidden_states, context).unsqueeze(1)
-    logits_N1V, _bias = output_layer(rows_N1H, weight=output_weight)
-    return logits_N1V.squeeze(1)
+    rows_NH = loss_position_hidden(hidden_states=hidden_states, output_layer=output_layer, context=context)
+    return torch.nn.functional.linear(rows_NH, output_layer.weight if output_weight is None else output_weight)
 
 
 class PairCommunicator(P2PCommunicator):

@@ -21,7 +21,7 @@ import torch
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
-from megatron_tropd.models import release_inference_state
+from megatron_tropd.models import release_inference_state, whole_sequences
 from megatron_tropd.sampling import sample_tokens
 from megatron_tropd.types import Rollout, RolloutRequest
 
@@ -129,7 +129,7 @@ class StaticEngine:
         # Neighbours in length share a batch: it prefills to its shortest member, and steps from there.
         waiting.sort(key=lambda index: _num_given_tokens(requests[index]))
         try:
-            with InferenceMode.active():
+            with whole_sequences(self.model), InferenceMode.active():
                 for indices in batched(waiting, self.max_batch_size):
                     batch = [requests[index] for index in indices]
                     generated = self._generate_batch(batch, max_response_length)

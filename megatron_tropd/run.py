@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd import distributed
+from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
-from megatron_tropd.config_checks import validate
+from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_parser import save_config
 from megatron_tropd.data import Tokenizer, build_tokenizer, huggingface_fingerprint
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
 from megatron_tropd.huggingface import export_huggingface, load_huggingface
-from megatron_tropd.models import build_model, build_teacher
+from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
@@ -96,11 +97,13 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
     if command in ("train", "sft") and config.training.export_hf:
         export_reference(config, tokenizer)
+    tensor_parallel_size, pipeline_parallel_size = layout_sizes(config, command)
     layout = distributed.initialize(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
         seed=config.training.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
+        sequence_parallel=config.parallel.sequence_parallel and tensor_parallel_size > 1,
     )
     run = Run(config, layout, tokenizer, Path(config.output_dir))
 
@@ -121,20 +124,50 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
 def load_student(run: Run) -> GPTModel:
     """The student's slice on this rank, with the weights of ``student.load`` where it is set."""
     build = partial(build_model, recompute=run.config.training.recompute)
-    return _load(run, run.config.student, build, seed=run.config.training.seed)
+    return _load(run, run.layout, run.config.student, build, seed=run.config.training.seed)
 
 
-def load_teacher(run: Run) -> GPTModel:
-    """The frozen teacher's slice on this rank."""
+def load_teacher(run: Run, layout: Layout | None = None) -> GPTModel:
+    """The frozen teacher's slice on this rank, in the run's layout or its own."""
     assert run.config.teacher is not None  # validate() has refused a run without
-    return _load(run, run.config.teacher, build_teacher, seed=run.config.training.seed + 1)
+    return _load(run, layout or run.layout, run.config.teacher, build_teacher, seed=run.config.training.seed + 1)
 
 
-def _load(run: Run, config: ModelConfig, build: Callable[..., GPTModel], *, seed: int) -> GPTModel:
+def load_teacher_ahead(run: Run) -> TeacherAhead:
+    """The frozen teacher in a layout of its own, where its sizes differ from the student's."""
+    config, layout = run.config, run.layout
+    assert config.teacher is not None
+    tensor_parallel_size, pipeline_parallel_size = teacher_sizes(config)
+    if (tensor_parallel_size, pipeline_parallel_size) != (layout.tensor_parallel_size, layout.pipeline_size):
+        layout = distributed.another_layout(
+            run.layout,
+            tensor_model_parallel_size=tensor_parallel_size,
+            pipeline_model_parallel_size=pipeline_parallel_size,
+            timeout_minutes=config.parallel.distributed_timeout_minutes,
+        )
+    with distributed.active(layout):
+        teacher = load_teacher(run, layout)
+    num_ids = vocab_size(config.teacher, run.tokenizer)
+    return TeacherAhead(
+        teacher,
+        layout,
+        run.layout,
+        num_ids=num_ids,
+        padded_num_ids=padded_vocab_size(
+            num_ids,
+            divisible_by=config.teacher.make_vocab_size_divisible_by,
+            tensor_parallel_size=run.layout.tensor_parallel_size,
+        ),
+        hidden=config.parallel.teacher_hidden,
+        offload=config.parallel.offload_teacher,
+    )
+
+
+def _load(run: Run, layout: Layout, config: ModelConfig, build: Callable[..., GPTModel], *, seed: int) -> GPTModel:
     size = vocab_size(config, run.tokenizer)
     model = build(
         config,
-        run.layout,
+        layout,
         vocab_size=size,
         max_sequence_length=run.max_sequence_length,
         dtype=run.dtype,
@@ -147,7 +180,7 @@ def _load(run: Run, config: ModelConfig, build: Callable[..., GPTModel], *, seed
     folder = Path(config.load)
     if is_huggingface(folder):
         _check_tokenizer(run, folder, size)
-        load_huggingface(folder, model, run.layout, config, vocab_size=size)
+        load_huggingface(folder, model, layout, config, vocab_size=size)
     else:
         load_weights(folder, model, config, vocab_size=size, tokenizer=run.tokenizer.fingerprint)
     return model
@@ -169,9 +202,15 @@ def _check_tokenizer(run: Run, folder: Path, size: int) -> None:
 def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:
     """Student (and teacher) as a pipeline stage under DDP, with optimizer and scheduler."""
     config = run.config
+    shares_schedule = config.parallel.teacher_schedule == "shared"
+    ahead = load_teacher_ahead(run) if with_teacher and not shares_schedule else None
     stage = StudentTeacherStage(
-        load_student(run), load_teacher(run) if with_teacher else None, output_head=config.training.output_head
+        load_student(run),
+        load_teacher(run) if with_teacher and shares_schedule else None,
+        output_head=config.training.output_head,
     )
+    if ahead is not None:
+        stage.teacher_head_VH = ahead.head_VH
     model = wrap_data_parallel(stage, config.optimizer, run.layout, overlap=not ON_CPU)
     optimizer = build_optimizer(model, config.optimizer, run.layout, dtype=run.dtype)
     sizes = [vocab_size(config.student, run.tokenizer)]
@@ -188,6 +227,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
         head_chunk_size=config.training.head_chunk_size,
         max_log_prob_gap=config.training.max_log_prob_gap if with_teacher else None,
         vocab_size=min(run.tokenizer.vocab_size, *sizes),
+        ahead=ahead,
     )
 
 

@@ -9,6 +9,7 @@ Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.ahead import Judged, TeacherAhead
 from megatron_tropd.distributed import Layout
 from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
@@ -71,6 +73,15 @@ class Learner:
     max_log_prob_gap: float | None = None
     """Largest mean |trainer - engine| log-prob in nats that a step may have; None: any."""
 
+    ahead: TeacherAhead | None = None
+    """The teacher, where it judges a batch before the student's schedule starts."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the number of positions of a micro-batch must be a multiple of."""
+        layouts = [self.layout] if self.ahead is None else [self.layout, self.ahead.layout]
+        return math.lcm(*(layout.tensor_parallel_size if layout.sequence_parallel else 1 for layout in layouts))
+
     @property
     def stage(self) -> StudentTeacherStage:
         """The pipeline stage under DDP."""
@@ -85,7 +96,7 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """
     started = perf_counter()
     sums, bad_samples = forward_backward(learner, batch)
-    teacher_seconds = learner.stage.pop_teacher_seconds()
+    teacher_seconds = learner.stage.pop_teacher_seconds() if learner.ahead is None else learner.ahead.seconds
     scheduled = perf_counter()
     _refuse_non_finite(learner, batch, sums, bad_samples)
     metrics = step_metrics(sums)
@@ -114,10 +125,11 @@ def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], 
     learner.model.zero_grad_buffer()
     learner.optimizer.zero_grad()
     bad_samples: list[int] = []
+    judged = [None] * len(batch.micro_batches) if learner.ahead is None else learner.ahead.judge(batch)
     first = batch.micro_batches[0]
     micro_batch_sums = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, learner, bad_samples),
-        data_iterator=iter(batch.micro_batches),
+        data_iterator=iter(zip(batch.micro_batches, judged, strict=True)),
         model=[learner.model],
         num_microbatches=len(batch.micro_batches),
         seq_length=first.tokens_BS.shape[1],
@@ -130,10 +142,17 @@ def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], 
 
 
 def _forward_step(
-    learner: Learner, bad_samples: list[int], micro_batches: Iterator[MicroBatch], model: DistributedDataParallel
+    learner: Learner,
+    bad_samples: list[int],
+    micro_batches: Iterator[tuple[MicroBatch, Judged | None]],
+    model: DistributedDataParallel,
 ) -> tuple[torch.Tensor, partial]:
-    batch = next(micro_batches)
+    batch, judged = next(micro_batches)
     student_output, teacher_output = model(batch)
+    if learner.ahead is not None and judged is not None:
+        teacher_output = learner.ahead.rows(judged)
+        if learner.stage.output_head == "logits":
+            teacher_output = torch.nn.functional.linear(teacher_output, learner.stage.teacher_weight())
     return student_output, partial(_micro_batch_loss, learner, bad_samples, batch, teacher_output)
 
 

@@ -149,6 +149,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         pad_id=run.tokenizer.pad_id,
         max_sequence_length=run.max_sequence_length,
         normalization=training.normalization,
+        pad_to_multiple_of=learner.sequence_multiple,
         device=layout.device,
     )
     try:

@@ -161,6 +161,7 @@ def test_what_is_not_a_config_is_refused(tmp_path: Path, text: str) -> None:
 
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,11 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
         ({"parallel": PP2, "teacher": {"num_layers": 5}}, 2, "train", "teacher.num_layers 5 cannot be split"),
         ({"student": {"num_layers_in_first_pipeline_stage": 1}}, 1, "train", "needs pipeline_model_parallel_size > 1"),
         ({"parallel": {"tensor_model_parallel_size": 0}}, 1, "train", "at least 1, found tensor 0"),
+        ({"parallel": {"sequence_parallel": True}}, 1, "train", "set tensor_model_parallel_size above 1"),
+        ({"parallel": {"offload_teacher": True}}, 1, "train", "needs parallel.teacher_schedule=ahead"),
+        ({"parallel": AHEAD_3}, 2, "train", "teacher's tensor 3 x pipeline 1 = 3"),
+        ({"parallel": AHEAD_3}, 3, "train", "teacher.ffn_hidden_size 128 is not divisible by .* 3"),
+        ({"parallel": AHEAD_3}, 2, "generate", "2 processes cannot be split"),
         (
             {"training": {"global_batch_size": 30}},
             1,

@@ -320,3 +320,39 @@ def test_the_commands_work_together_on_two_tensor_parallel_ranks(tmp_path: Path,
     assert (folder / "report" / "training.png").exists() and (folder / "config.yaml").exists()
     sample = json.loads((folder / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].endswith("=") and sample["prefix"] + sample["response"]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shared": {"tensor_model_parallel_size": 2},
+    "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "ahead": {"tensor_model_parallel_size": 2, "teacher_schedule": "ahead", "teacher_hidden": "host"},
+    "own layout": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "teacher_schedule": "ahead",
+        "teacher_tensor_model_parallel_size": 1,
+        "teacher_pipeline_model_parallel_size": 2,
+        "offload_teacher": True,
+    },
+}
+
+
+def _train_each(paths: list[str]) -> None:
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.trainer import train
+
+    for path in paths:
+        train(load_config(path, []))
+
+
+def test_spread_positions_and_a_teacher_that_judges_ahead_change_nothing(tmp_path: Path, data: Path) -> None:
+    paths = {
+        name: config_file(tmp_path / name, data, parallel=parallel, training={"train_iters": 3})
+        for name, parallel in LAYOUTS.items()
+    }
+    run_ranks(2, _train_each, [str(path) for path in paths.values()], timeout=300)
+    wanted, *others = [_metrics(path.parent / "run") for path in paths.values()]
+    assert wanted[0]["grad_norm"] > 0 and any(step.get("outlier_share", 0) > 0 for step in wanted)
+    for found in others:
+        for wanted_step, found_step in zip(wanted, found, strict=True):
+            assert found_step == pytest.approx(wanted_step, rel=1e-3, abs=1e-5)

@@ -10,11 +10,34 @@ import torch
 
 from tests.ranks import run_ranks
 
-LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2), (2, 1), (1, 2)], 8: [(2, 2)]}
-"""World size -> (tensor, pipeline); the rest is data parallel."""
+LAYOUTS = {
+    1: ["tp1 pp1"],
+    2: ["tp2 pp1", "tp2 pp1 sequence", "tp1 pp2", "tp1 pp1", "tp2 pp1 ahead-2-1", "tp1 pp1 ahead-2-1",
+        "tp1 pp2 ahead-2-1"],
+    4: ["tp2 pp2", "tp2 pp2 sequence", "tp2 pp1", "tp2 pp1 sequence", "tp1 pp2", "tp2 pp1 ahead-1-2",
+        "tp1 pp2 ahead-2-1", "tp1 pp2 ahead-2-2", "tp2 pp2 ahead-1-1", "tp2 pp1 sequence ahead-2-2"],
+    8: ["tp2 pp2", "tp2 pp2 ahead-2-4"],
+}  # fmt: skip
+"""World size -> tensor and pipeline parallel sizes, whether sequence parallel, and the sizes of a teacher that judges
+ahead; the rest is data parallel."""
 MICRO_BATCHES = (1, 2, 4)
 MODES = {1: ("logits", "fused", "fused-recompute"), 2: ("fused", "fused-recompute"), 4: ("fused",), 8: ("fused",)}
 """World size -> how the last stage gets from hidden states to losses. Chunks of 3 tokens divide no micro-batch's."""
+
+
+def _sizes(layout: str) -> dict[str, int | bool]:
+    """The arguments of `tiny.start`."""
+    tp, pp, *rest = layout.split()
+    return {"tp": int(tp[2:]), "pp": int(pp[2:]), "sequence_parallel": "sequence" in rest}
+
+
+def _teacher_sizes(layout: str) -> tuple[int, int] | None:
+    """Tensor and pipeline parallel size of a teacher that judges ahead."""
+    *_, last = layout.split()
+    if not last.startswith("ahead"):
+        return None
+    _, tp, pp = last.split("-")
+    return int(tp), int(pp)
 
 
 def _write_gradients(folder: str, world_size: int) -> None:
@@ -22,10 +45,15 @@ def _write_gradients(folder: str, world_size: int) -> None:
     from megatron_tropd.step import forward_backward
     from tests import tiny
 
-    for tp, pp in LAYOUTS[world_size]:
-        layout = tiny.start(tp=tp, pp=pp)
+    for name in LAYOUTS[world_size]:
+        layout = tiny.start(**_sizes(name))
         # Without the distributed optimizer every replica keeps the whole reduced gradient, which is what is compared.
-        learner = tiny.build_learner(layout, optimizer=OptimizerConfig(use_distributed_optimizer=False))
+        learner = tiny.build_learner(
+            layout,
+            optimizer=OptimizerConfig(use_distributed_optimizer=False),
+            ahead=_teacher_sizes(name),
+            offload=name.startswith("tp1 pp1"),
+        )
         for num_micro_batches, mode in itertools.product(MICRO_BATCHES, MODES[world_size]):
             learner.stage.output_head = mode
             batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=num_micro_batches)
@@ -33,7 +61,7 @@ def _write_gradients(folder: str, world_size: int) -> None:
             gradients = tiny.whole_gradients(learner)
             if layout.tensor_parallel_rank == 0:
                 ranks = f"{layout.data_parallel_rank}-{layout.pipeline_rank}"
-                torch.save((gradients, sums), Path(folder) / f"{tp}-{pp}-{num_micro_batches}-{mode}-{ranks}.pt")
+                torch.save((gradients, sums), Path(folder) / f"{name}-{num_micro_batches}-{mode}-{ranks}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +74,7 @@ def gradient_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    gradients, sums = torch.load(folder / "1" / "1-1-1-logits-0-0.pt")
+    gradients, sums = torch.load(folder / "1" / "tp1 pp1-1-logits-0-0.pt")
     return gradients, sums
 
 
@@ -54,21 +82,19 @@ def _reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]
 def test_gradients_are_the_same_for_every_layout_and_micro_batch_split(gradient_folder: Path, world_size: int) -> None:
     reference, reference_sums = _reference(gradient_folder)
     norm = torch.cat([g.flatten() for g in reference.values()]).norm()
-    for tp, pp in LAYOUTS[world_size]:
-        dp = world_size // (tp * pp)
-        for num_micro_batches, mode in itertools.product(MICRO_BATCHES, MODES[world_size]):
-            for dp_rank in range(dp):
-                name = f"{tp}-{pp}-{num_micro_batches}-{mode}-{dp_rank}"
-                stages = [torch.load(gradient_folder / str(world_size) / f"{name}-{stage}.pt") for stage in range(pp)]
-                names = set().union(*(gradients for gradients, _ in stages))
-                assert names == set(reference)
-                for gradients, sums in stages:
-                    for name, gradient in gradients.items():
-                        error = (gradient - reference[name]).norm() / norm
-                        assert error < 1e-5, (
-                            f"tp {tp} pp {pp} dp {dp}, {num_micro_batches} micro-batches, {mode}: {name} {error}"
-                        )
-                    assert sums == pytest.approx(reference_sums, rel=1e-4, abs=1e-4)
+    for layout, num_micro_batches, mode in itertools.product(LAYOUTS[world_size], MICRO_BATCHES, MODES[world_size]):
+        sizes = _sizes(layout)
+        for dp_rank in range(world_size // (sizes["tp"] * sizes["pp"])):
+            prefix = f"{layout}-{num_micro_batches}-{mode}-{dp_rank}"
+            stages = [
+                torch.load(gradient_folder / str(world_size) / f"{prefix}-{stage}.pt") for stage in range(sizes["pp"])
+            ]
+            assert set().union(*(gradients for gradients, _ in stages)) == set(reference)
+            for gradients, sums in stages:
+                for name, gradient in gradients.items():
+                    error = (gradient - reference[name]).norm() / norm
+                    assert error < 1e-5, f"{layout}, {num_micro_batches} micro-batches, {mode}: {name} {error}"
+                assert sums == pytest.approx(reference_sums, rel=1e-4, abs=1e-4)
 
 
 def test_the_reference_gradient_is_not_trivial(gradient_folder: Path) -> None:
@@ -194,6 +220,39 @@ def _compare_heads_of_an_untied_student() -> float:
 
 def test_the_fused_heads_of_an_untied_student() -> None:
     assert max(run_ranks(2, _compare_heads_of_an_untied_student)) < 1
+
+
+def _gradients_of_a_student_with_experts() -> list[dict[str, list]]:
+    import dataclasses
+
+    from megatron_tropd.config import OptimizerConfig
+    from megatron_tropd.step import forward_backward
+    from tests import tiny
+
+    experts = dataclasses.replace(tiny.STUDENT, num_moe_experts=4, moe_ffn_hidden_size=24, moe_router_topk=2)
+    found = []
+    for sizes in ({"tp": 1, "pp": 1}, {"tp": 2, "pp": 1, "sequence_parallel": True}, {"tp": 1, "pp": 2}):
+        layout = tiny.start(**sizes)
+        optimizer = OptimizerConfig(use_distributed_optimizer=False)
+        learner = tiny.build_learner(layout, student=experts, optimizer=optimizer)
+        forward_backward(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2))
+        found.append({name: gradient.tolist() for name, gradient in tiny.whole_gradients(learner).items()})
+    return found
+
+
+def test_the_gradients_of_a_student_with_experts_are_the_same_for_every_layout() -> None:
+    first, last = (
+        [{name: torch.tensor(values) for name, values in found.items()} for found in rank]
+        for rank in run_ranks(2, _gradients_of_a_student_with_experts)
+    )
+    reference, tensor, _ = first
+    pipeline = {name: gradient for rank in (first, last) for name, gradient in rank[2].items()}
+    assert any("experts" in name for name in reference)
+    for found in (tensor, pipeline):
+        assert set(found) == set(reference)
+        for name, gradient in found.items():
+            assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm() + 1e-7, name
+    assert all(gradient.norm() > 0 for name, gradient in reference.items() if "router" in name)
 
 
 def _run_sequence_parallel_head() -> list[list]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_tropd import distributed
+from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.config import ModelConfig, OptimizerConfig
 from megatron_tropd.distributed import Layout
-from megatron_tropd.models import build_model, build_teacher
+from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
@@ -40,13 +43,17 @@ TEACHER = ModelConfig(
 """Differs from the student in depth, width, heads, norms, biases, tying and padded vocabulary."""
 
 
-def start(*, tp: int, pp: int, seed: int = 7) -> Layout:
+def start(*, tp: int, pp: int, seed: int = 7, sequence_parallel: bool = False) -> Layout:
     """Process groups of this layout over all ranks, replacing those of an earlier one."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     return distributed.initialize(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_minutes=2
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        seed=seed,
+        timeout_minutes=2,
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -61,15 +68,21 @@ def build_learner(
     dtype: torch.dtype = torch.float32,
     output_head: OutputHeadMode = "fused",
     head_chunk_size: int | None = 3,
+    ahead: tuple[int, int] | None = None,
+    offload: bool = False,
 ) -> Learner:
-    """A learner on the tiny pair with deterministic weights."""
+    """A learner on the tiny pair with deterministic weights; ``ahead``: the teacher's own tensor and pipeline size."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
     stage = StudentTeacherStage(
         build_model(student, layout, seed=1, **sizes),
-        build_teacher(teacher, layout, seed=2, **sizes) if teacher else None,
+        build_teacher(teacher, layout, seed=2, **sizes) if teacher and ahead is None else None,
         output_head=output_head,
     )
+    teacher_ahead = None
+    if teacher and ahead is not None:
+        teacher_ahead = _teacher_ahead(teacher, layout, ahead, offload, sizes)
+        stage.teacher_head_VH = teacher_ahead.head_VH
     model = wrap_data_parallel(stage, optimizer, layout, overlap=False)
     megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=dtype)
     return Learner(
@@ -81,7 +94,27 @@ def build_learner(
         normalization=normalization,
         vocab_size=VOCAB_SIZE,
         head_chunk_size=head_chunk_size,
+        ahead=teacher_ahead,
     )
+
+
+def _teacher_ahead(
+    config: ModelConfig, students: Layout, parallel_sizes: tuple[int, int], offload: bool, sizes: dict[str, Any]
+) -> TeacherAhead:
+    tp, pp = parallel_sizes
+    layout = students
+    if (tp, pp) != (students.tensor_parallel_size, students.pipeline_size):
+        layout = distributed.another_layout(
+            students, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, timeout_minutes=2
+        )
+    with distributed.active(layout):
+        teacher = build_teacher(config, layout, seed=2, **sizes)
+    padded = padded_vocab_size(
+        VOCAB_SIZE,
+        divisible_by=config.make_vocab_size_divisible_by,
+        tensor_parallel_size=students.tensor_parallel_size,
+    )
+    return TeacherAhead(teacher, layout, students, num_ids=VOCAB_SIZE, padded_num_ids=padded, offload=offload)
 
 
 def sequences(num_sequences: int = 8, *, seed: int = 3) -> list[dict[str, np.ndarray]]:
@@ -111,11 +144,13 @@ def batch_for_rank(layout: Layout, rows: list[dict[str, np.ndarray]], *, num_mic
     mine = rows[layout.data_parallel_rank :: layout.data_parallel_size]
     size = len(mine) // num_micro_batches
     groups = [mine[i * size : (i + 1) * size] for i in range(num_micro_batches)]
-    return Batch(tuple(_micro_batch(group) for group in groups), step=0)
+    multiple = 4 if layout.sequence_parallel else 1  # of every tensor parallel size
+    return Batch(tuple(_micro_batch(group, multiple) for group in groups), step=0)
 
 
-def _micro_batch(rows: list[dict[str, np.ndarray]]) -> MicroBatch:
+def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch:
     length = max(len(row["tokens"]) for row in rows)
+    length += -length % multiple
 
     def pad(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([np.pad(row[name], (0, length - len(row[name]))) for row in rows]))

@@ -1,0 +1,250 @@
+"""The teacher judges a whole rollout batch before the student's schedule starts, in a layout of its own.
+
+The teacher's layers run forward only through Megatron's schedule and leave one hidden state for each position that
+carries loss. They travel to the student's last stage, where each tensor-parallel rank keeps its share of the rows, on
+the device or in host memory; the fused loss then multiplies them with the teacher's output weight, cut as the
+student's vocabulary is. So the teacher needs neither the student's layout nor, between two passes, the device.
+
+Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry loss, ``C`` one rank's share of N,
+``H`` the teacher's hidden size, ``V`` vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.distributed import Layout, active
+from megatron_tropd.pair import loss_position_hidden, output_weight
+from megatron_tropd.types import Batch
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the teacher left of one micro-batch for this rank."""
+
+    share_CH: torch.Tensor
+    """This tensor-parallel rank's rows of ``[N, H]``, padded to the same number on each."""
+    num_positions: int
+    """N."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Global ranks, the same table on every rank."""
+
+    sources: list[list[int]]
+    """By teacher replica: the tensor-parallel ranks of its last stage."""
+    destinations: list[list[int]]
+    """By student replica: the tensor-parallel ranks of its last stage, in order."""
+
+
+class TeacherAhead:
+    """The frozen teacher in its own layout, and the way of its hidden states to the student's last stage."""
+
+    def __init__(
+        self,
+        teacher: GPTModel,
+        layout: Layout,
+        student_layout: Layout,
+        *,
+        num_ids: int,
+        padded_num_ids: int,
+        hidden: Literal["device", "host"] = "device",
+        offload: bool = False,
+    ):
+        """``teacher`` is this rank's slice in ``layout``.
+
+        ``num_ids`` is the teacher's true vocabulary, ``padded_num_ids`` its size padded for the student's layout.
+        ``hidden`` says where hidden states wait for the student's schedule; with ``offload`` the teacher's layers are
+        in host memory but for the time of a pass.
+        """
+        self.teacher = teacher
+        self.layout = layout
+        self.student_layout = student_layout
+        self.hidden = hidden
+        self.seconds = 0.0
+        """Time of the last pass."""
+        self._places = _find_places(layout, student_layout)
+        self._on_host = [(weight, weight.data.cpu()) for weight in teacher.parameters()] if offload else []
+        self.head_VH = self._head(num_ids, padded_num_ids)
+        """The output weight's shard of this rank in the student's layout; None off its last stage."""
+        self._put_away()
+
+    def judge(self, batch: Batch) -> list[Judged | None]:
+        """One pass over the global batch; for each micro-batch of this rank what its loss reads, None off the student's
+        last stage. Every rank calls it."""
+        started = perf_counter()
+        everyone = self._everyones_inputs(batch)
+        jobs = [(replica, index) for replica, inputs in enumerate(everyone) for index in range(len(inputs))]
+        shares = _split(len(jobs), self.layout.data_parallel_size)
+        mine = shares[self.layout.data_parallel_rank]
+        found = self._forward([everyone[replica][index] for replica, index in jobs[mine.start : mine.stop]])
+        judged: list[Judged | None] = [None] * len(batch.micro_batches)
+        for teacher_replica, share in enumerate(shares):
+            for job in share:
+                replica, index = jobs[job]
+                num_positions = everyone[replica][index][1].shape[0]
+                rows_NH = found[job - mine.start] if found and job in mine else None
+                share_CH = self._deliver(rows_NH, num_positions, teacher_replica, replica, job)
+                if share_CH is not None:
+                    judged[index] = Judged(self._wait_place(share_CH), num_positions)
+        self.seconds = perf_counter() - started
+        return judged
+
+    def rows(self, judged: Judged) -> torch.Tensor:
+        """``[N, H]`` on the device, gathered over the student's tensor-parallel ranks, which all call it."""
+        share_CH = judged.share_CH.to(self.student_layout.device, non_blocking=True)
+        group = self.student_layout.groups.tp
+        if group.size() > 1:
+            everyones_NH = share_CH.new_empty(group.size() * share_CH.shape[0], share_CH.shape[1])
+            dist.all_gather_into_tensor(everyones_NH, share_CH, group=group)
+            share_CH = everyones_NH
+        return share_CH[: judged.num_positions]
+
+    def _everyones_inputs(self, batch: Batch) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """By student replica: tokens ``[B, S]`` and positions ``[N]`` of its micro-batches."""
+        mine = [(one.tokens_BS.cpu(), one.loss_positions_N.cpu()) for one in batch.micro_batches]
+        found = [mine] * self.student_layout.data_parallel_size
+        if len(found) > 1:
+            dist.all_gather_object(found, mine, group=self.student_layout.groups.dp)
+        return found
+
+    def _forward(self, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        """``[N, H]`` of every input, on the teacher's last stage; elsewhere nothing."""
+        if not inputs:
+            return []
+        for weight, host in self._on_host:
+            weight.data = host.to(self.layout.device, non_blocking=True)
+        with active(self.layout), torch.no_grad():
+            found: list[torch.Tensor] = get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, self.layout.device),
+                data_iterator=iter(inputs),
+                model=[self.teacher],
+                num_microbatches=len(inputs),
+                seq_length=inputs[0][0].shape[1],
+                micro_batch_size=inputs[0][0].shape[0],
+                forward_only=True,
+                p2p_communicator=P2PCommunicator(self.layout.groups.pp, self.teacher.config),
+                pg_collection=self.layout.groups,
+            )
+        self._put_away()
+        return found if self.layout.is_last_stage else []
+
+    def _put_away(self) -> None:
+        for weight, host in self._on_host:
+            weight.data = host
+
+    def _deliver(
+        self, rows_NH: torch.Tensor | None, num_positions: int, teacher_replica: int, replica: int, job: int
+    ) -> torch.Tensor | None:
+        """Send each tensor-parallel rank of the student replica's last stage its rows; returns those for this rank."""
+        rank = dist.get_rank()
+        sources, destinations = self._places.sources[teacher_replica], self._places.destinations[replica]
+        source = sources[job % len(sources)]  # the last stage's ranks all have the rows; they take turns
+        num_rows = -(-num_positions // len(destinations))
+        operations, kept = [], None
+        if rank == source:
+            assert rows_NH is not None
+            padded_NH = torch.nn.functional.pad(rows_NH, (0, 0, 0, num_rows * len(destinations) - num_positions))
+            shares_PCH = padded_NH.unflatten(0, (len(destinations), num_rows))
+            for destination, share_CH in zip(destinations, shares_PCH, strict=True):
+                if destination == rank:
+                    kept = share_CH.clone()  # not a view that keeps everyone's rows
+                elif num_rows:
+                    operations.append(dist.P2POp(dist.isend, share_CH.contiguous(), destination))
+        elif rank in destinations:
+            kept = torch.empty(
+                num_rows, self.teacher.config.hidden_size,
+                dtype=self.teacher.config.params_dtype, device=self.layout.device,
+            )  # fmt: skip
+            if num_rows:
+                operations.append(dist.P2POp(dist.irecv, kept, source))
+        for request in dist.batch_isend_irecv(operations) if operations else ():
+            request.wait()
+        return kept
+
+    def _wait_place(self, share_CH: torch.Tensor) -> torch.Tensor:
+        if self.hidden == "device" or share_CH.device.type == "cpu":
+            return share_CH
+        return torch.empty_like(share_CH, device="cpu", pin_memory=True).copy_(share_CH)
+
+    def _head(self, num_ids: int, padded_num_ids: int) -> torch.Tensor | None:
+        """The teacher's output weight cut for the student's layout, one shard at a time to whoever needs it."""
+        students = self.student_layout
+        if self.layout is students:
+            return output_weight(self.teacher) if students.is_last_stage else None
+        source = self._places.sources[0][0]
+        whole_VH = self._whole_head(num_ids) if self.layout.data_parallel_rank == 0 else None
+        num_rows = padded_num_ids // students.tensor_parallel_size
+        kept = None
+        for shard in range(students.tensor_parallel_size):
+            share_VH = torch.zeros(
+                num_rows, self.teacher.config.hidden_size,
+                dtype=self.teacher.config.params_dtype, device=self.layout.device,
+            )  # fmt: skip
+            if dist.get_rank() == source:
+                assert whole_VH is not None
+                rows_VH = whole_VH[shard * num_rows : min((shard + 1) * num_rows, num_ids)]
+                share_VH[: rows_VH.shape[0]] = rows_VH
+            dist.broadcast(share_VH, source)
+            if students.is_last_stage and students.tensor_parallel_rank == shard:
+                kept = share_VH
+        return kept
+
+    def _whole_head(self, num_ids: int) -> torch.Tensor | None:
+        if not self.layout.is_last_stage:
+            return None
+        shard_VH = output_weight(self.teacher).detach()
+        parts = [torch.empty_like(shard_VH) for _ in range(self.layout.tensor_parallel_size)]
+        dist.all_gather(parts, shard_VH, group=self.layout.groups.tp)
+        return torch.cat(parts)[:num_ids]
+
+
+def _forward_step(
+    device: torch.device, inputs: Iterator[tuple[torch.Tensor, torch.Tensor]], teacher: GPTModel
+) -> tuple[torch.Tensor, None]:
+    tokens_BS, positions_N = (tensor.to(device) for tensor in next(inputs))
+    ids_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
+    hidden = teacher(
+        tokens_BS,
+        ids_BS,
+        attention_mask=None,
+        output_processor=loss_position_hidden,
+        output_processor_context=positions_N,
+    )
+    return hidden, None  # no loss: Megatron collects what the last stage returns
+
+
+def _split(count: int, parts: int) -> list[range]:
+    """Consecutive ranges of like length."""
+    return [range(part * count // parts, (part + 1) * count // parts) for part in range(parts)]
+
+
+def _find_places(teacher: Layout, student: Layout) -> _Places:
+    mine = [
+        (layout.data_parallel_rank, layout.tensor_parallel_rank) if layout.is_last_stage else None
+        for layout in (teacher, student)
+    ]
+    everyone: list[list[tuple[int, int] | None]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+
+    def table(which: int, layout: Layout) -> list[list[int]]:
+        found = {places[which]: rank for rank, places in enumerate(everyone)}
+        return [
+            [found[replica, place] for place in range(layout.tensor_parallel_size)]
+            for replica in range(layout.data_parallel_size)
+        ]
+
+    return _Places(table(0, teacher), table(1, student))

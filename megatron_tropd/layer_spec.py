@@ -1,0 +1,70 @@
+"""Which modules a model's layers are made of: TransformerEngine's where it works, Megatron's local ones elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.distributed import ON_CPU
+
+# isort: split
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+logger = logging.getLogger(__name__)
+
+
+def choose_layer_spec(
+    config: ModelConfig, transformer_config: TransformerConfig, pipeline_rank: int
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of this pipeline stage; says in the log which kind they are."""
+    if use_transformer_engine():
+        logger.info("layer spec: transformer-engine")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.num_moe_experts is not None,
+            qk_layernorm=config.qk_layernorm,
+        )
+    logger.info("layer spec: local (transformer-engine is not usable here)")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    if config.num_moe_experts is not None:
+        # Megatron renames this norm on disk to where TE fuses it in a dense layer; before experts TE keeps it apart.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    for submodules in (spec.submodules, spec.submodules.self_attention.submodules):
+        for name, value in vars(submodules).items():
+            if value is WrappedTorchNorm:
+                setattr(submodules, name, torch_norm)
+    num_layers = get_num_layers_to_build(transformer_config, pp_rank=pipeline_rank)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=torch_norm)
+
+
+def use_transformer_engine() -> bool:
+    """Whether TransformerEngine's layers can run here."""
+    # transformer-engine without its CUDA libraries fails on import with errors of many kinds, so the question asked
+    # is Megatron's own: did the extension classes load?
+    if ON_CPU:
+        return False
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+    """torch's LayerNorm or RMSNorm. Under sequence parallelism each rank normalises other positions, so the weights
+    carry the mark by which Megatron sums their gradients over tensor-parallel ranks; its own wrapper refuses that."""
+    kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
+    norm = kind(hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
