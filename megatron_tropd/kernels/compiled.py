@@ -92,7 +92,7 @@ def write_gradient(
             _run(_IN_PLACE[function], *arguments)
         else:
             _run(_OUT_OF_PLACE[function], gradient_TV[rows, :num_valid], *arguments)
-    gradient_TV[skipped_T] = 0
+    gradient_TV.index_fill_(0, skipped_T.nonzero()[:, 0], 0)
     gradient_TV[:, num_valid:] = 0
     rows_E, columns_E, values_E = stored
     gradient_TV[rows_E, columns_E] = values_E.to(gradient_TV.dtype)
