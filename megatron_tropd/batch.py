@@ -10,7 +10,7 @@ Shape suffixes: ``B`` sequences of a micro-batch, ``S`` positions (padded length
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -34,8 +34,11 @@ def build_batch(
     num_micro_batches: int,
     pad_id: int,
     max_sequence_length: int,
+    micro_batch_tokens: int | None = None,
     normalization: Normalization = "tokens",
     pad_to_multiple_of: int = 1,
+    selected: Mapping[int, np.ndarray] | None = None,
+    advantages: Mapping[int, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """One data-parallel rank's rollouts of a step as padded micro-batches, longest rows first.
@@ -47,14 +50,19 @@ def build_batch(
 
     ``normalization`` says what one loss term is: with ``tokens`` and ``kept`` every response position (weight
     1; the training step itself counts the kept ones), with ``sequences`` every sequence with a response (the
-    weights of its n positions are 1/n). Nothing is divided by the number of terms here.
+    weights of its n positions are 1/n). Nothing is divided by the number of terms here. ``selected`` says by
+    sample id which response tokens take part (one bool for each; None: all): the others are of no region, so
+    they are neither learned from nor counted. ``advantages`` are the task's, by sample id.
+
+    With ``micro_batch_tokens`` rows are packed by size instead: as many as fit that many positions, padding
+    included; a longer row has a micro-batch to itself. Their number then differs from rank to rank.
 
     Raises ValueError where there are more rollouts than rows, or a sequence of more than
     ``max_sequence_length`` tokens (its last token, which predicts nothing, included), or one without a
     prompt.
     """
     num_rows = micro_batch_size * num_micro_batches
-    if len(rollouts) > num_rows:
+    if micro_batch_tokens is None and len(rollouts) > num_rows:
         raise ValueError(
             f"{len(rollouts)} rollouts do not fit {num_micro_batches} micro-batches of {micro_batch_size}: "
             "training.global_batch_size must be micro_batch_size x micro-batches x data-parallel size"
@@ -62,12 +70,28 @@ def build_batch(
     for rollout in rollouts:
         _refuse_unusable(rollout, max_sequence_length)
     longest_first = sorted(rollouts, key=lambda rollout: (-_num_tokens(rollout), rollout.request.sample_id))
-    rows = [*longest_first, *[None] * (num_rows - len(rollouts))]
-    groups = [rows[start : start + micro_batch_size] for start in range(0, num_rows, micro_batch_size)]
+    if micro_batch_tokens is not None:
+        groups = _by_positions(longest_first, micro_batch_tokens, pad_to_multiple_of) or [[None]]
+    else:
+        rows = [*longest_first, *[None] * (num_rows - len(rollouts))]
+        groups = [rows[start : start + micro_batch_size] for start in range(0, num_rows, micro_batch_size)]
     micro_batches = tuple(
-        _micro_batch(group, seed, pad_id, normalization, pad_to_multiple_of, device) for group in groups
+        _micro_batch(group, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, device)
+        for group in groups
     )
     return Batch(micro_batches, step)
+
+
+def _by_positions(rows: Sequence[Rollout], most: int, multiple: int) -> list[list[Rollout | None]]:
+    """Neighbours in length, longest first, in groups whose padded size stays within ``most`` positions."""
+    groups: list[list[Rollout | None]] = []
+    length = 0
+    for row in rows:
+        if not groups or (len(groups[-1]) + 1) * length > most:
+            groups.append([])
+            length = _num_positions([row], multiple)
+        groups[-1].append(row)
+    return groups
 
 
 def split_for_rank[Item](items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int) -> list[Item]:
@@ -127,23 +151,30 @@ def _refuse_unusable(rollout: Rollout, max_sequence_length: int) -> None:
         )
 
 
+def _num_positions(rows: Sequence[Rollout | None], multiple: int) -> int:
+    # A position at least: a micro-batch of padding alone still runs through the models.
+    longest = max(1, max(_num_tokens(row) - 1 if row else 0 for row in rows))
+    return longest + -longest % multiple
+
+
 def _micro_batch(
     rows: Sequence[Rollout | None],
     seed: int,
     pad_id: int,
     normalization: Normalization,
     pad_to_multiple_of: int,
+    selected: Mapping[int, np.ndarray] | None,
+    advantages: Mapping[int, float] | None,
     device: torch.device | str,
 ) -> MicroBatch:
-    # A position at least: a micro-batch of padding alone still runs through the models.
-    num_positions = max(1, max(_num_tokens(row) - 1 if row else 0 for row in rows))
-    num_positions += -num_positions % pad_to_multiple_of
+    num_positions = _num_positions(rows, pad_to_multiple_of)
     shape = (len(rows), num_positions)
     tokens_BS = np.full(shape, pad_id, dtype=np.int64)
     labels_BS = np.zeros(shape, dtype=np.int64)
     regions_BS = np.full(shape, TokenRegion.NONE, dtype=np.int64)
     log_probs_BS = np.zeros(shape, dtype=np.float32)
     weights_BS = np.zeros(shape, dtype=np.float32)
+    advantages_BS = np.zeros(shape, dtype=np.float32)
     for row, rollout in enumerate(rows):
         if rollout is None:
             continue  # stays padding
@@ -155,8 +186,13 @@ def _micro_batch(
         labels_BS[row, start:end] = trajectory[1:][start:]
         regions_BS[row, start : start + len(prefix)] = TokenRegion.GUIDANCE
         regions_BS[row, start + len(prefix) : end] = TokenRegion.ON_POLICY
+        if selected is not None:
+            regions_BS[row, start + len(prefix) : end][~selected[rollout.request.sample_id]] = TokenRegion.NONE
+        part_S = regions_BS[row] != TokenRegion.NONE
         log_probs_BS[row, start + len(prefix) : end] = rollout.log_probs
-        weights_BS[row, start:end] = 1.0 / max(1, end - start) if normalization == "sequences" else 1.0
+        if advantages is not None:
+            advantages_BS[row, regions_BS[row] == TokenRegion.ON_POLICY] = advantages[rollout.request.sample_id]
+        weights_BS[row, part_S] = 1.0 / max(1, part_S.sum()) if normalization == "sequences" else 1.0
     sample_ids = tuple(PADDING_SAMPLE if row is None else row.request.sample_id for row in rows)
     terms_BS = regions_BS != TokenRegion.NONE
     return MicroBatch(
@@ -165,6 +201,7 @@ def _micro_batch(
         regions_BS=torch.from_numpy(regions_BS).to(device),
         uniforms_BS=_gate_uniforms(seed, sample_ids, num_positions).to(device),
         rollout_log_probs_BS=torch.from_numpy(log_probs_BS).to(device),
+        advantages_BS=None if advantages is None else torch.from_numpy(advantages_BS).to(device),
         weights_BS=torch.from_numpy(weights_BS).to(device),
         loss_positions_N=torch.from_numpy(terms_BS.ravel().nonzero()[0]).to(device),
         sample_ids=sample_ids,

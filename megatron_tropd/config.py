@@ -143,16 +143,16 @@ class GuidanceConfig:
     answers: str | None = None
     """JSONL store of teacher answers (`python -m megatron_tropd generate`); required unless schedule is none."""
     schedule: Literal["auto"] | Schedule = "auto"
-    """How the longest prefix shrinks over training; auto: half-cosine for the tropd family, constant for seq-kd (whole
-    answers), none for the other objectives."""
+    """How the longest prefix shrinks over training; auto: half-cosine for the tropd family, constant (whole answers)
+    for seq-kd and gkd, none for the other objectives."""
     max_prefix_length: int | None = None
     """L_train, tokens: the longest prefix at step 0; None: rollout.max_response_length."""
     prefix_draw: Literal["truncate", "uniform"] = "truncate"
     """Length l = min(|answer|, L_max), or drawn uniformly in [0, L_max] first."""
     min_on_policy_tokens: int = 0
     """Cut the prefix so that at least this many tokens of the answer are left to the student."""
-    fraction: float = 1.0
-    """Share of the rollouts that get a prefix."""
+    fraction: float | None = None
+    """Share of the rollouts that get a prefix; None: 1, for gkd 0.5 (its 1 - lambda)."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,21 @@ class ObjectiveOptions:
     """top-d: the proximal teacher's share of the mixture; eopd: coefficient of the added forward KL."""
     entropy_tau: float | None = None
     """eopd adds its forward KL where the teacher's entropy is above this, in nats."""
+    entropy_share: float | None = None
+    """Learn only from this share of the global batch's on-policy tokens, those of highest student entropy (entropy-opd,
+    reopold-two-stage: 0.2; the others: 1). Metrics are of these tokens."""
+    switch: float | None = None
+    """reopold-two-stage: until this share of the training (0.5) outliers are masked and entropy_share does not act."""
     skew: float | None = None
     """skew-fkl, skew-rkl: a, the weight of the divergence's first argument in the mixture."""
-    guidance_loss: Literal["nll", "forward_kl"] | None = None
-    """Guidance tokens: -log pi_S(x), or (tropd-exact) the full-vocabulary forward KL."""
+    guidance_loss: Literal["nll", "forward_kl", "divergence"] | None = None
+    """Guidance tokens: -log pi_S(x); forward_kl (tropd-exact) over the full vocabulary; divergence (gkd and the other
+    exact objectives): the one that on-policy tokens take."""
+    task_reward: float | None = None
+    """Coefficient of a task advantage on on-policy tokens: exact match of a sample with its prompt's answer, less the
+    mean over the prompt's samples; 0: none."""
+    importance_cap: float | None = None
+    """Weigh on-policy tokens by min(trainer / engine probability, cap); None: no weights."""
     renormalize: Literal["none", "teacher", "both"] | None = None
     """Renormalisation over the top-k set."""
     tail: Literal["none", "bucket"] | None = None
@@ -223,6 +234,9 @@ class TrainingConfig:
     """Sequences per step over all ranks (prompts x samples_per_prompt)."""
     micro_batch_size: int = 4
     """Sequences per forward on one rank."""
+    micro_batch_tokens: int | None = None
+    """Pack sequences of like length by this many positions per forward instead, padding included; at least the longest
+    sequence, data.max_prompt_length + rollout.max_response_length. Long tails then cost memory for themselves alone."""
     seed: int = 1234
     """Keys initialisation, data order, sampling and the trust gate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -276,8 +290,8 @@ class Config:
     teacher: ModelConfig | None = None
     """The frozen model that judges; required by `train` and `generate`."""
     objective: str = "tropd"
-    """Preset: tropd, tropd-exact, tropd-aopd; opd, aopd, eopd, reopold, top-d, mopd, fkl, jsd; over the full vocabulary
-    rkl-exact, fkl-exact, jsd-exact, skew-fkl, skew-rkl; seq-kd."""
+    """Preset: tropd, tropd-exact, tropd-aopd; opd, aopd, eopd, entropy-opd, reopold, reopold-two-stage, top-d, mopd,
+    fkl, jsd; over the full vocabulary rkl-exact, fkl-exact, jsd-exact, gkd, skew-fkl, skew-rkl; seq-kd."""
     objective_options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     """Overrides of the preset."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -321,16 +335,25 @@ class ConfigError(ValueError):
 
 _GUIDED_OBJECTIVES = ("tropd", "tropd-exact", "tropd-aopd")
 OBJECTIVES = (
-    *_GUIDED_OBJECTIVES, "opd", "aopd", "eopd", "reopold", "top-d", "mopd", "fkl", "jsd",
-    "rkl-exact", "fkl-exact", "jsd-exact", "skew-fkl", "skew-rkl", "seq-kd",
+    *_GUIDED_OBJECTIVES, "opd", "aopd", "eopd", "entropy-opd", "reopold", "reopold-two-stage", "top-d", "mopd", "fkl",
+    "jsd",
+    "rkl-exact", "fkl-exact", "jsd-exact", "gkd", "skew-fkl", "skew-rkl", "seq-kd",
 )  # fmt: skip
 """Presets that `train` takes; ``objectives.preset`` defines them."""
 
 
+def resolved_fraction(config: Config) -> float:
+    """The share of rollouts that get a prefix."""
+    if config.guidance.fraction is not None:
+        return config.guidance.fraction
+    return 0.5 if config.objective == "gkd" else 1.0
+
+
 def resolved_schedule(config: Config) -> Schedule:
-    """The prefix schedule in force: ``auto`` is half-cosine for the tropd family, constant for seq-kd, else none."""
+    """The prefix schedule in force: ``auto`` is half-cosine for the tropd family, constant for seq-kd
+    and gkd, else none."""
     if config.guidance.schedule != "auto":
         return config.guidance.schedule
-    if config.objective == "seq-kd":
+    if config.objective in ("seq-kd", "gkd"):
         return "constant"
     return "half-cosine" if config.objective in _GUIDED_OBJECTIVES else "none"

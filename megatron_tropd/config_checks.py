@@ -231,15 +231,23 @@ def _check_training(config: Config, dp: int, command: str) -> None:
         training.output_head != "logits" or (chunk is None and not training.fp32_logits),
         "training.fp32_logits and training.head_chunk_size are about the fused heads: set training.output_head=fused",
     )
-    rows = training.micro_batch_size * dp
+    tokens, longest = training.micro_batch_tokens, config.data.max_prompt_length + config.rollout.max_response_length
+    _require(
+        tokens is None or tokens >= longest,
+        f"training.micro_batch_tokens {tokens} is less than the longest sequence, data.max_prompt_length + "
+        f"rollout.max_response_length = {longest}: raise the one or lower the others",
+    )
+    micro_batch_size = training.micro_batch_size if tokens is None else 1
+    rows = micro_batch_size * dp
     unit = math.lcm(rows, samples)
     size = training.global_batch_size
     _require(size >= 1, f"training.global_batch_size must be at least 1, found {size}")
     below, above = size // unit * unit, (size // unit + 1) * unit
     _require(
         size % unit == 0,
-        f"training.global_batch_size {size} must be a multiple of micro_batch_size {training.micro_batch_size} x "
-        f"data-parallel size {dp}"
+        f"training.global_batch_size {size} must be a multiple of "
+        + (f"micro_batch_size {micro_batch_size} x " if tokens is None else "")
+        + f"data-parallel size {dp}"
         + (f" and of rollout.samples_per_prompt {samples}" if samples > 1 else "")
         + f": try {f'{below} or ' if below else ''}{above}",
     )
@@ -272,5 +280,6 @@ def _check_guidance(config: Config, command: str) -> None:
         longest is None or 0 <= longest <= budget,
         f"guidance.max_prefix_length {longest} must be between 0 and rollout.max_response_length {budget}",
     )
-    _require(0 <= guidance.fraction <= 1, f"guidance.fraction must be in [0, 1], found {guidance.fraction}")
+    fraction = guidance.fraction
+    _require(fraction is None or 0 <= fraction <= 1, f"guidance.fraction must be in [0, 1], found {fraction}")
     _require(guidance.min_on_policy_tokens >= 0, "guidance.min_on_policy_tokens must be >= 0")

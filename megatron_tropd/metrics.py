@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_tropd.distributed import Layout
 from megatron_tropd.objectives import k2, k3
 from megatron_tropd.report import read_metrics
-from megatron_tropd.types import MicroBatch, Rollout, TokenRegion
+from megatron_tropd.types import Batch, MicroBatch, Rollout, TokenRegion
 
 SUM_NAMES = (
     "loss",
@@ -158,6 +158,18 @@ def rollout_metrics(rollouts: Sequence[Rollout], layout: Layout) -> dict[str, fl
     prefix, response, finished, count = sums.tolist()
     count = max(count, 1.0)
     return {"prefix_length": prefix / count, "response_length": response / count, "finished_share": finished / count}
+
+
+def padding_share(rollouts: Sequence[Rollout], batch: Batch, layout: Layout) -> float:
+    """Share of the global batch's positions that are padding; ``batch`` was built from ``rollouts``."""
+    needed = sum(
+        len(rollout.request.prompt.tokens) + len(rollout.request.prefix) + len(rollout.response) - 1
+        for rollout in rollouts
+    )
+    run = sum(micro_batch.tokens_BS.numel() for micro_batch in batch.micro_batches)
+    sums = torch.tensor([needed, run], dtype=torch.float64, device=layout.device)
+    dist.all_reduce(sums, group=layout.groups.dp)
+    return 1.0 - float(sums[0] / sums[1])
 
 
 class MetricsLog:

@@ -22,7 +22,7 @@ from megatron_tropd.config import RolloutConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
-from megatron_tropd.sampling import sample_tokens
+from megatron_tropd.sampling import entropies, sample_tokens
 from megatron_tropd.types import Rollout, RolloutRequest
 
 # isort: split
@@ -49,12 +49,19 @@ class RolloutEngine(Protocol):
 
 
 def build_engine(
-    model: GPTModel, layout: Layout, config: RolloutConfig, *, vocab_size: int, eos_id: int, seed: int
+    model: GPTModel,
+    layout: Layout,
+    config: RolloutConfig,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    seed: int,
+    with_entropies: bool = False,
 ) -> RolloutEngine:
     """The engine this machine runs ``config`` with: the one place that chooses.
 
     ``vocab_size`` is the number of ids student and teacher share; ``eos_id`` ends a response; ``seed`` keys
-    the draws.
+    the draws; ``with_entropies`` records the student's entropy at every sampled token.
     """
     return StaticEngine(
         model,
@@ -65,6 +72,7 @@ def build_engine(
         temperature=config.temperature,
         top_p=config.top_p,
         seed=seed,
+        with_entropies=with_entropies,
     )
 
 
@@ -89,6 +97,7 @@ class StaticEngine:
         temperature: float,
         top_p: float,
         seed: int,
+        with_entropies: bool = False,
     ):
         """``model`` is this rank's unwrapped slice, read anew at every ``generate``.
 
@@ -108,6 +117,7 @@ class StaticEngine:
         self.temperature = temperature
         self.top_p = top_p
         self.seed = seed
+        self.with_entropies = with_entropies
 
     def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
         """See ``RolloutEngine``. A prefix that has its end token or fills the budget gets an empty response.
@@ -206,18 +216,22 @@ class _Controller(TextGenerationController):
         positions_S = torch.arange(wrapper.inference_context.max_sequence_length, device=device)
         self.uniforms_BS = uniforms(engine.seed, Stream.SAMPLING, sample_ids_B1, positions_S)
         self.log_probs_BS = torch.zeros_like(self.uniforms_BS)
+        self.entropies_BS = torch.zeros_like(self.uniforms_BS) if engine.with_entropies else None
         self.tokens_BS = torch.empty(0, dtype=torch.int64, device=device)
 
     def sample_from_logits(self, last_token_logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Tokens ``[B]`` of the next position from logits ``[B, padded vocabulary]``, equal on every rank."""
         engine = self.engine
         position = self.inference_wrapped_model.inference_context.sequence_len_offset
+        logits_BV = last_token_logits[:, : engine.vocab_size]
         tokens_B, self.log_probs_BS[:, position] = sample_tokens(
-            last_token_logits[:, : engine.vocab_size],
+            logits_BV,
             self.uniforms_BS[:, position],
             temperature=engine.temperature,
             top_p=engine.top_p,
         )
+        if self.entropies_BS is not None:
+            self.entropies_BS[:, position] = entropies(logits_BV)
         return tokens_B
 
     def update_generation_status(
@@ -247,6 +261,7 @@ class _Controller(TextGenerationController):
     def rollouts(self) -> list[Rollout]:
         """What was generated, in the order of the requests; the end token belongs to the response."""
         all_tokens, all_log_probs = self.tokens_BS.tolist(), self.log_probs_BS.tolist()
+        all_entropies = None if self.entropies_BS is None else self.entropies_BS.tolist()
         ends = self.ends_B.tolist()
         rollouts = []
         for row, request in enumerate(self.requests):
@@ -256,7 +271,9 @@ class _Controller(TextGenerationController):
                 raise ValueError(
                     f"sample {request.sample_id}: the model's logits are not finite; its weights are broken"
                 )
-            rollouts.append(Rollout(request, response, log_probs, finished=response[-1] == self.engine.eos_id))
+            at_tokens = () if all_entropies is None else tuple(all_entropies[row][given:end])
+            finished = response[-1] == self.engine.eos_id
+            rollouts.append(Rollout(request, response, log_probs, finished, at_tokens))
         return rollouts
 
 

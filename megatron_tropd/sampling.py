@@ -36,6 +36,11 @@ def sample_tokens(
     return tokens_B, log_probs_B.float()
 
 
+def entropies(logits_BV: torch.Tensor) -> torch.Tensor:
+    """fp32 ``[B]``, nats: of the distribution at temperature 1 over all of V. Computed in float64."""
+    return torch.special.entr(torch.softmax(logits_BV.double(), dim=-1)).sum(dim=-1).float()
+
+
 def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero the probabilities outside the smallest set of most probable ids with mass ``top_p``.
 

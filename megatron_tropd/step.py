@@ -180,21 +180,26 @@ def _weighted_losses(
     student_output: torch.Tensor,
     teacher_output: torch.Tensor | None,
 ) -> tuple[torch.Tensor, LossReport]:
-    tokens_N, regions_N, uniforms_N, weights_N = (
+    tokens_N, regions_N, uniforms_N, engine_log_probs_N, weights_N = (
         values_BS.flatten()[batch.loss_positions_N]
-        for values_BS in (batch.labels_BS, batch.regions_BS, batch.uniforms_BS, batch.weights_BS)
-    )
+        for values_BS in (
+            batch.labels_BS, batch.regions_BS, batch.uniforms_BS, batch.rollout_log_probs_BS, batch.weights_BS
+        )
+    )  # fmt: skip
+    advantages_N = None if batch.advantages_BS is None else batch.advantages_BS.flatten()[batch.loss_positions_N]
     sizes: dict[str, Any] = {"vocab_size": learner.vocab_size, "group": learner.layout.groups.tp}
     mode, full = learner.stage.output_head, teacher_output is not None
     if mode == "logits":
         loss_N, report = distillation_loss(
             student_output, teacher_output, tokens_N, regions_N, learner.objective,
-            uniforms_T=uniforms_N, full_statistics=full, inplace_backward=True, **sizes,
+            uniforms_T=uniforms_N, advantages_T=advantages_N, engine_log_probs_T=engine_log_probs_N,
+            full_statistics=full, inplace_backward=True, **sizes,
         )  # fmt: skip
         return loss_N * weights_N, report
     return fused_head_loss(
         *learner.stage.heads(student_output, teacher_output), tokens_N, regions_N, learner.objective,
-        uniforms_N=uniforms_N, weights_N=weights_N, full_statistics=full,
+        uniforms_N=uniforms_N, advantages_N=advantages_N, engine_log_probs_N=engine_log_probs_N,
+        weights_N=weights_N, full_statistics=full,
         recompute=mode == "fused-recompute", fp32_logits=learner.fp32_logits, chunk_size=learner.head_chunk_size,
         check=False, **sizes,
     )  # fmt: skip

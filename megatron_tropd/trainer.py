@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
@@ -13,16 +13,18 @@ from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
-from megatron_tropd.config import Config, resolved_schedule
+from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
 from megatron_tropd.data import PromptOrder, read_prompts
 from megatron_tropd.evaluate import Evaluator
 from megatron_tropd.guidance import build_requests, max_prefix_length
-from megatron_tropd.metrics import MetricsLog, rollout_metrics
+from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.objectives import preset
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
 from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
+from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, RefusedStepError, train_step
+from megatron_tropd.task_reward import task_advantages
 from megatron_tropd.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ def train(config: Config) -> None:
             vocab_size=learner.vocab_size,
             eos_id=run.tokenizer.eos_id,
             seed=config.training.seed,
+            with_entropies=objective.entropy_share < 1,
         )
 
         def generate(step: int) -> list[Rollout]:
@@ -61,7 +64,7 @@ def train(config: Config) -> None:
                 max_length=_max_prefix_length(config, step),
                 draw=config.guidance.prefix_draw,
                 min_on_policy_tokens=config.guidance.min_on_policy_tokens,
-                fraction=config.guidance.fraction,
+                fraction=resolved_fraction(config),
             )
             # A response may fill its budget whatever the prefix, so the prompt is what lengths are known to differ by.
             lengths = [len(request.prompt.tokens) for request in requests]
@@ -140,20 +143,38 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
     started = perf_counter()
     rollouts = trajectories(step)
     seconds_rollout = perf_counter() - started
+    objective = learner.objective.at(step / training.train_iters)
+    selected, extra_metrics = None, {}
+    if objective.entropy_share < 1:
+        selected, threshold = top_entropy_tokens(rollouts, objective.entropy_share, layout.groups.dp)
+        extra_metrics["entropy_threshold"] = threshold
+    advantages = None
+    if objective.task_reward:
+        advantages, extra_metrics["task_reward"] = task_advantages(
+            rollouts,
+            run.tokenizer.decode,
+            eos_id=run.tokenizer.eos_id,
+            samples_per_prompt=run.config.rollout.samples_per_prompt,
+            coefficient=objective.task_reward,
+            group=layout.groups.dp,
+        )
     batch = build_batch(
         rollouts,
         step=step,
         seed=training.seed,
         micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
         num_micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data_parallel_size),
         pad_id=run.tokenizer.pad_id,
         max_sequence_length=run.max_sequence_length,
         normalization=training.normalization,
         pad_to_multiple_of=learner.sequence_multiple,
+        selected=selected,
+        advantages=advantages,
         device=layout.device,
     )
     try:
-        metrics = train_step(learner, batch)
+        metrics = train_step(replace(learner, objective=objective), batch)
     except RefusedStepError as error:
         _write_refused(run, step, [r for r in rollouts if not error.samples or r.request.sample_id in error.samples])
         raise
@@ -161,7 +182,9 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
     _write_samples(run, step, rollouts[: training.log_rollouts])
     return {
         **metrics,
+        **extra_metrics,
         **rollout_metrics(rollouts, layout),
+        "padding_share": padding_share(rollouts, batch, layout),
         "max_prefix_length": float(_max_prefix_length(run.config, step)),
         "tokens_per_second": metrics["response_tokens"] / seconds,
         "seconds_rollout": seconds_rollout,

@@ -65,6 +65,9 @@ class Rollout:
     response: tuple[int, ...]
     log_probs: tuple[float, ...]
     finished: bool
+    entropies: tuple[float, ...] = ()
+    """Nats, one per response token: of the student's distribution at temperature 1 that the token was sampled from.
+    Empty where nobody asked for them."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class MicroBatch:
     """fp32 in [0, 1): the trust gate's draws, a function of (seed, step, sample id, position) alone."""
     rollout_log_probs_BS: torch.Tensor
     """fp32 nats: what the engine returned for on-policy labels, 0 elsewhere."""
+    advantages_BS: torch.Tensor | None
+    """fp32: the task's advantage at on-policy positions, its coefficient included; None where no task counts."""
     weights_BS: torch.Tensor
     """fp32 weight of each position's loss in the sum (1 under token normalisation); 0 where the region is NONE."""
     loss_positions_N: torch.Tensor

@@ -24,6 +24,8 @@ def dense_loss(
     *,
     vocab_size: int,
     uniforms_T: torch.Tensor | None = None,
+    advantages_T: torch.Tensor | None = None,
+    engine_log_probs_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss ``[T]`` in float64 (differentiable), and the quantities a report is compared with."""
     log_p = student_logits_TV[:, :vocab_size].double().log_softmax(-1)
@@ -57,6 +59,13 @@ def dense_loss(
         "skew_reverse_kl": lambda: _kl(log_p, _mix(log_p, log_q, objective.skew)),
         "none": lambda: torch.zeros_like(loss),
     }[objective.on_policy]()
+    if objective.guidance_loss == "divergence":
+        loss = torch.where(regions_T == 1, objective.guidance_beta * per_token, 0.0)
+    if advantages_T is not None:
+        per_token = per_token - advantages_T.double() * log_p_x
+    if engine_log_probs_T is not None:
+        ratio = (log_p_x.detach() - engine_log_probs_T.double()).exp()
+        per_token = torch.minimum(ratio, torch.tensor(objective.importance_cap)) * per_token
     return loss + torch.where(on_policy, per_token, 0.0), facts
 
 

@@ -53,7 +53,8 @@ def rows_by_sample(batches: list[Batch]) -> dict[int, dict[str, list[Any]]]:
                 assert not micro_batch.regions_BS[row].any()
                 continue
             length = int((micro_batch.tokens_BS[row] != PAD).sum())
-            fields = {name: getattr(micro_batch, name) for name in vars(micro_batch) if name.endswith("_BS")}
+            fields = {name: value for name, value in vars(micro_batch).items() if torch.is_tensor(value)}
+            fields = {name: tensor for name, tensor in fields.items() if name.endswith("_BS")}
             for name in ("labels_BS", "regions_BS", "weights_BS", "rollout_log_probs_BS"):
                 assert not fields[name][row, length:].any()
             rows[sample_id] = {name: tensor[row, :length].tolist() for name, tensor in fields.items()}
@@ -63,6 +64,18 @@ def rows_by_sample(batches: list[Batch]) -> dict[int, dict[str, list[Any]]]:
 def _micro_batches(batches: list[Batch]) -> Iterator[Any]:
     for batch in batches:
         yield from batch.micro_batches
+
+
+def test_rows_are_packed_by_positions() -> None:
+    rollouts = [make_rollout(index, [1], [], [2] * length) for index, length in enumerate([9, 4, 4, 3, 1, 1, 1])]
+    packed = build(rollouts, micro_batch_tokens=10).micro_batches
+    assert [one.sample_ids for one in packed] == [(0,), (1, 2), (3, 4, 5), (6,)]
+    assert [tuple(one.tokens_BS.shape) for one in packed] == [(1, 9), (2, 4), (3, 3), (1, 1)]
+    whole = rows_by_sample([build(rollouts)])
+    assert rows_by_sample([build(rollouts, micro_batch_tokens=10)]) == whole
+    padded = build(rollouts, micro_batch_tokens=10, pad_to_multiple_of=4).micro_batches
+    assert [tuple(one.tokens_BS.shape) for one in padded] == [(1, 12), (2, 4), (2, 4), (2, 4)]
+    assert build([], micro_batch_tokens=10).micro_batches[0].sample_ids == (-1,)
 
 
 def test_the_worked_example_of_the_docstring() -> None:

@@ -183,6 +183,7 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"parallel": PP2, "teacher": {"num_layers": 5}}, 2, "train", "teacher.num_layers 5 cannot be split"),
         ({"student": {"num_layers_in_first_pipeline_stage": 1}}, 1, "train", "needs pipeline_model_parallel_size > 1"),
         ({"parallel": {"tensor_model_parallel_size": 0}}, 1, "train", "at least 1, found tensor 0"),
+        ({"training": {"micro_batch_tokens": 64}}, 1, "train", "less than the longest sequence"),
         ({"parallel": {"sequence_parallel": True}}, 1, "train", "set tensor_model_parallel_size above 1"),
         ({"parallel": {"offload_teacher": True}}, 1, "train", "needs parallel.teacher_schedule=ahead"),
         ({"parallel": AHEAD_3}, 2, "train", "teacher's tensor 3 x pipeline 1 = 3"),

@@ -33,6 +33,8 @@ class Case:
     regions_N: torch.Tensor
     uniforms_N: torch.Tensor
     weights_N: torch.Tensor
+    advantages_N: torch.Tensor
+    engine_log_probs_N: torch.Tensor
     vocab_size: int = 50
 
 
@@ -56,6 +58,8 @@ def make_case(dtype: torch.dtype = torch.float32, num_tokens: int = NUM_TOKENS) 
         regions_N=torch.randint(1, 3, (num_tokens,), generator=generator),
         uniforms_N=torch.rand(num_tokens, generator=generator),
         weights_N=torch.rand(num_tokens, generator=generator),
+        advantages_N=normal(num_tokens),
+        engine_log_probs_N=-3 + normal(num_tokens),
     )
 
 
@@ -82,16 +86,19 @@ def run_head(
     student = OutputHead(hidden_NH, weight_VH)
     teacher = OutputHead(case.teacher_NH, rows_of(case.teacher_VH, group)) if objective.needs_teacher else None
     full = teacher is not None
+    advantages_N = case.advantages_N if objective.task_reward else None
     if fused:
         weighted_N, report = fused_head_loss(
             student, teacher, case.tokens_N, case.regions_N, objective, vocab_size=case.vocab_size, group=group,
-            uniforms_N=case.uniforms_N, weights_N=case.weights_N, full_statistics=full, **options,
+            uniforms_N=case.uniforms_N, weights_N=case.weights_N, full_statistics=full, advantages_N=advantages_N,
+            engine_log_probs_N=case.engine_log_probs_N, **options,
         )  # fmt: skip
     else:
         teacher_NV = None if teacher is None else teacher.hidden_NH @ teacher.weight_VH.T
         loss_N, report = distillation_loss(
             hidden_NH @ weight_VH.T, teacher_NV, case.tokens_N, case.regions_N, objective,
             vocab_size=case.vocab_size, group=group, uniforms_T=case.uniforms_N, full_statistics=full,
+            advantages_T=advantages_N, engine_log_probs_T=case.engine_log_probs_N,
         )  # fmt: skip
         weighted_N = loss_N * case.weights_N
     (scale * weighted_N.sum()).backward()
@@ -134,6 +141,8 @@ def compare_with_dense(groups: dict[int, Any]) -> dict[str, float]:
         dense_N, _ = dense_loss(
             logits_NV, teacher_NV, case.tokens_N, case.regions_N, objective,
             vocab_size=case.vocab_size, uniforms_T=case.uniforms_N,
+            advantages_T=case.advantages_N if objective.task_reward else None,
+            engine_log_probs_T=case.engine_log_probs_N if objective.importance_cap is not None else None,
         )  # fmt: skip
         weighted_N = dense_N * case.weights_N
         weighted_N.sum().backward()

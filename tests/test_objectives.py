@@ -47,6 +47,8 @@ def loss_of(
     uniform: float = 0.5,
     divergence: float = 0.0,
     entropy: float = 0.0,
+    advantage: float | None = None,
+    engine: float = 1 / 2,
 ) -> tuple[float, float]:
     """Loss of one token and its derivative on log pi_S(x), the top-2 as in the module docstring."""
     log_prob = log(student).requires_grad_()
@@ -58,6 +60,8 @@ def loss_of(
         objective, regions_N=regions, student_log_probs_N=log_prob, rewards_N=reward, trust_N=trust, outlier_N=outlier,
         teacher_entropy_N=torch.tensor([entropy]), top_k_divergence_N=top_k,
         divergence_N=torch.tensor([divergence], dtype=torch.float64).requires_grad_(),
+        advantages_N=None if advantage is None else torch.tensor([advantage], dtype=torch.float64),
+        engine_log_probs_N=log(engine),
     )  # fmt: skip
     (slope,) = torch.autograd.grad(loss.sum(), log_prob, materialize_grads=True)
     return float(loss.detach()), float(slope)
@@ -160,6 +164,22 @@ HAND: list[tuple[str, dict[str, Any], dict[str, Any], float, float]] = [
     # K1 on the reward ln(1/2 * 1/8 + 1/2) = ln(9/16), halved.
     ("jsd", {}, {}, (5 / 4 * L - 3 / 4 * L3) / 2 + math.log(9 / 16) * L / 2, -math.log(9 / 16) / 2),
     ("jsd", {}, {"region": 1}, 0.001 * L, -0.001),
+    # gkd: the divergence on guidance tokens too, whatever the token's own log-prob.
+    ("gkd", {}, {"divergence": 0.3}, 0.3, 0.0),
+    ("gkd", {}, {"region": 1, "divergence": 0.3}, 0.3, 0.0),
+    # The tokens of entropy-opd and of the second stage are chosen before: here K1, and the clipped reward.
+    ("entropy-opd", {}, {}, -3 * L**2, 3 * L),
+    ("reopold-two-stage", {}, {}, REOPOLD_TAU * L, -REOPOLD_TAU),
+    # Task advantage 2 (its coefficient included): -2 ln(1/2) = 2 L more, derivative -2 more; not on guidance.
+    ("opd", {"task_reward": 1}, {"advantage": 2.0}, -3 * L**2 + 2 * L, 3 * L - 2),
+    ("tropd", {"task_reward": 1}, {"advantage": 2.0, "uniform": 0.126}, TOP_2_FKL + 2 * L, -2.0),
+    ("tropd", {"task_reward": 1}, {"advantage": 2.0, "region": 1}, 0.001 * L, -0.001),
+    ("rkl-exact", {"task_reward": 1}, {"advantage": 2.0, "divergence": 0.3}, 0.3 + 2 * L, -2.0),
+    # The engine gave 5/8 where the trainer gives 1/2: weight 4/5; 1/8: 4, capped at 2. Guidance was not sampled.
+    ("opd", {"importance_cap": 2}, {"engine": 5 / 8}, -12 / 5 * L**2, 12 / 5 * L),
+    ("opd", {"importance_cap": 2}, {"engine": 1 / 8}, -6 * L**2, 6 * L),
+    ("tropd", {"importance_cap": 2}, {"engine": 1 / 8, "uniform": 0.126}, 2 * TOP_2_FKL, 0.0),
+    ("tropd", {"importance_cap": 2}, {"engine": 1 / 8, "region": 1}, 0.001 * L, -0.001),
 ]
 
 
@@ -427,6 +447,11 @@ def test_reward_form_has_no_expected_gradient() -> None:
         ("jsd", {"student_log_prob_min": -10}, "leave it out"),
         ("jsd", {"beta": 0.0}, "strictly between 0 and 1"),
         ("seq-kd", {"gate": "soft"}, "no trust gate"),
+        ("seq-kd", {"task_reward": 0.5}, "leave task_reward and importance_cap out"),
+        ("opd", {"task_reward": -1}, "task_reward must be finite and >= 0"),
+        ("opd", {"importance_cap": 0.5}, "importance_cap must be None or at least 1"),
+        ("tropd", {"guidance_loss": "divergence"}, "use preset 'gkd'"),
+        ("tropd-exact", {"guidance_loss": "divergence"}, "use preset 'gkd'"),
     ],
 )
 def test_refused(name: str, overrides: dict[str, Any], said: str) -> None:

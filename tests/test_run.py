@@ -326,6 +326,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"tensor_model_parallel_size": 2},
     "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "ahead": {"tensor_model_parallel_size": 2, "teacher_schedule": "ahead", "teacher_hidden": "host"},
+    "packed": {"tensor_model_parallel_size": 2},
     "own layout": {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
@@ -345,14 +346,56 @@ def _train_each(paths: list[str]) -> None:
         train(load_config(path, []))
 
 
-def test_spread_positions_and_a_teacher_that_judges_ahead_change_nothing(tmp_path: Path, data: Path) -> None:
+def test_how_the_work_is_spread_changes_nothing(tmp_path: Path, data: Path) -> None:
     paths = {
-        name: config_file(tmp_path / name, data, parallel=parallel, training={"train_iters": 3})
+        name: config_file(
+            tmp_path / name, data, parallel=parallel,
+            training={"train_iters": 3, "micro_batch_tokens": 40 if name == "packed" else None},
+        )
         for name, parallel in LAYOUTS.items()
-    }
+    }  # fmt: skip
     run_ranks(2, _train_each, [str(path) for path in paths.values()], timeout=300)
     wanted, *others = [_metrics(path.parent / "run") for path in paths.values()]
     assert wanted[0]["grad_norm"] > 0 and any(step.get("outlier_share", 0) > 0 for step in wanted)
     for found in others:
         for wanted_step, found_step in zip(wanted, found, strict=True):
-            assert found_step == pytest.approx(wanted_step, rel=1e-3, abs=1e-5)
+            wanted_padding, padding = wanted_step.get("padding_share", 0), found_step.pop("padding_share", 0)
+            assert found_step | {"padding_share": wanted_padding} == pytest.approx(
+                wanted_step | {"padding_share": wanted_padding}, rel=1e-3, abs=1e-5
+            )
+            assert 0 <= padding < 0.9
+
+
+def test_what_is_known_of_the_global_batch_alone_is_the_same_in_every_layout(tmp_path: Path, data: Path) -> None:
+    layouts = {"dp": {}, "tp": {"tensor_model_parallel_size": 2}, "pp": {"pipeline_model_parallel_size": 2}}
+    paths = {
+        (objective, name): config_file(
+            tmp_path / objective / name, data, parallel=parallel, objective=objective,
+            training={"train_iters": 2, "eval_interval": 0}, objective_options={}, guidance={"schedule": "none"},
+        )
+        for objective in ("entropy-opd", "reopold-two-stage")
+        for name, parallel in layouts.items()
+    }  # fmt: skip
+    paths |= {
+        ("gkd", name): config_file(
+            tmp_path / "gkd" / name, data, parallel=parallel, objective="gkd",
+            training={"train_iters": 2, "eval_interval": 0},
+            objective_options={"task_reward": 0.5, "importance_cap": 2.0},
+        )
+        for name, parallel in layouts.items()
+    }  # fmt: skip
+    run_ranks(2, _train_each, [str(path) for path in paths.values()], timeout=300)
+    found = {key: _metrics(path.parent / "run")[:2] for key, path in paths.items()}
+    for (objective, name), steps in found.items():
+        for step, wanted in zip(steps, found[objective, "dp"], strict=True):
+            # How full the micro-batches are does depend on the layout.
+            assert step == pytest.approx(wanted | {"padding_share": step["padding_share"]}, rel=1e-3, abs=1e-5), (
+                objective,
+                name,
+            )
+    for step in found["gkd", "dp"]:
+        assert 0 < step["on_policy_share"] < 1 and 0 < step["task_reward"] < 1
+    for step in found["entropy-opd", "dp"]:
+        assert 0 < step["response_tokens"] < 0.3 * 16 * 5 and step["entropy_threshold"] > 0
+    first, second = found["reopold-two-stage", "dp"]
+    assert "entropy_threshold" not in first and first["response_tokens"] > 3 * second["response_tokens"]

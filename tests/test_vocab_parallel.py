@@ -406,7 +406,7 @@ def large_case() -> Case:
     teacher = (student + 0.5 * torch.randn(1024, 16384, generator=generator)).bfloat16()
     tokens = torch.multinomial(student[:, :16380].softmax(-1), 1, generator=generator)[:, 0]
     on_policy, uniforms = torch.full((1024,), 2), torch.rand(1024, generator=generator)
-    return Case(student.bfloat16(), teacher, tokens, on_policy, uniforms, torch.ones(1024), 16380)
+    return Case(student.bfloat16(), teacher, tokens, on_policy, uniforms, torch.ones(1024), 16380, uniforms, uniforms)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

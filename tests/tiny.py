@@ -162,6 +162,7 @@ def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch
         regions_BS=regions,
         uniforms_BS=pad("uniforms"),
         rollout_log_probs_BS=torch.zeros(regions.shape),
+        advantages_BS=None,
         weights_BS=(regions > 0).float(),
         loss_positions_N=regions.flatten().nonzero()[:, 0],
         sample_ids=tuple(range(len(rows))),

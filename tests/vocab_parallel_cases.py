@@ -60,6 +60,12 @@ VARIANTS: list[Objective] = [
     preset("eopd", entropy_tau=1.5, alpha=0.4, top_k=7, renormalize="none", fkl_as="reward"),
     preset("reopold"),
     preset("seq-kd"),
+    preset("gkd"),
+    preset("fkl-exact", guidance_loss="divergence", beta=0.3),
+    preset("skew-rkl", guidance_loss="divergence", beta=0.3),
+    preset("opd", task_reward=1.0),
+    preset("rkl-exact", task_reward=1.0),
+    preset("tropd", top_k=7, task_reward=1.0, importance_cap=1.5),
 ]
 
 
@@ -75,6 +81,18 @@ class Case:
     grad_T: torch.Tensor
     """Incoming gradient of the loss."""
     vocab_size: int
+    advantages_T: torch.Tensor
+    """Read where the objective has a task."""
+    engine_log_probs_T: torch.Tensor
+
+    def sampled(self, objective: Objective) -> dict[str, torch.Tensor]:
+        """What `distillation_loss` and `dense_loss` take of the rollout for this objective."""
+        found = {}
+        if objective.task_reward:
+            found["advantages_T"] = self.advantages_T
+        if objective.importance_cap is not None:
+            found["engine_log_probs_T"] = self.engine_log_probs_T
+        return found
 
 
 def make_case(
@@ -99,7 +117,13 @@ def make_case(
     regions = torch.randint(0, 3, (num_tokens,), generator=generator)
     tokens = torch.randint(0, vocab_size, (num_tokens,), generator=generator).where(regions != 0, -100)
     uniforms = torch.rand(num_tokens, generator=generator)
-    return Case(student.to(dtype), teacher.to(dtype), tokens, regions, uniforms, normal(num_tokens), vocab_size)
+    grad, advantages, noise = normal(num_tokens), normal(num_tokens), normal(num_tokens)
+    # Near the student's own log-probs: importance weights on both sides of 1.
+    log_probs = student[:, :vocab_size].log_softmax(-1).gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+    return Case(
+        student.to(dtype), teacher.to(dtype), tokens, regions, uniforms, grad, vocab_size, advantages,
+        log_probs + 0.5 * noise,
+    )  # fmt: skip
 
 
 def shard(logits_TV: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -129,7 +153,7 @@ def run_sharded(
     """(loss, report, whole gradient) of the package's loss under the case's incoming gradient."""
     student = shard(case.student_TV, group).requires_grad_()
     teacher = shard(case.teacher_TV, group) if objective.needs_teacher else None
-    options = {"uniforms_T": case.uniforms_T} | options
+    options = {"uniforms_T": case.uniforms_T} | case.sampled(objective) | options
     student_before, teacher_before = student.detach().clone(), None if teacher is None else teacher.clone()
     loss, report = distillation_loss(
         student,
@@ -160,7 +184,7 @@ def check_against_dense(
     teacher = case.teacher_TV if objective.needs_teacher else None
     wanted, facts = dense_loss(
         student, teacher, case.tokens_T, case.regions_T, objective,
-        vocab_size=case.vocab_size, uniforms_T=case.uniforms_T,
+        vocab_size=case.vocab_size, uniforms_T=case.uniforms_T, **case.sampled(objective),
     )  # fmt: skip
     wanted.backward(case.grad_T.double())
     assert student.grad is not None

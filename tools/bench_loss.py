@@ -33,6 +33,8 @@ from loss_bench import costs
 from loss_bench.cases import CASES, ERROR_TOKENS, HEAD, gradient_error, make_inputs
 from loss_bench.implementations import Implementation, implementations
 
+from megatron_tropd.kernels import compiled
+
 FLOOR_BYTES = {"K1": 8, "top-k FKL": 8, "TrOPD mix": 8, "FKL": 10, "RKL": 10, "JSD": 14}
 """Least bytes per element that forward and backward must read and write of bf16 logits."""
 
@@ -109,7 +111,7 @@ def measure_case(case: str, arguments: argparse.Namespace, device: torch.device,
     """Every implementation's row; their timed steps take turns."""
     inputs = make_inputs(case, arguments.tokens, arguments.vocab, device)
     tp, rows, able = dist.get_world_size(), [], []
-    torch.compiler.reset()  # each objective is another function to the compiler, which gives up after eight
+    compiled.reset()  # each objective is another function to the compiler, which gives up after eight
     for implementation in (one for one in implementations(device) if case in one.cases):
         obstacle = implementation.obstacle(device, tp)
         if obstacle is None:

@@ -281,6 +281,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _seen: set[tuple[Any, ...]] = set()
+"""Functions and kinds of tensors that have been compiled for any number of rows."""
+
+
+def reset() -> None:
+    """`torch.compiler.reset`, and what is remembered here of the compiler: a function compiled anew without its rows
+    marked as many-sized is specialised for the first block, three times slower."""
+    torch.compiler.reset()
+    _seen.clear()
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:

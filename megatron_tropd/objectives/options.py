@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 ExactDivergence = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "gated_kl"]
@@ -39,9 +39,9 @@ class Objective:
     """reward: -FKL becomes a detached advantage on log pi_S(x): shows the collapse the paper reports."""
     guidance_beta: float = 0.001
     """Coefficient of the guidance term on teacher-written tokens."""
-    guidance_loss: Literal["nll", "forward_kl"] = "nll"
-    """Guidance term: -log pi_S(x), or (under gated_kl) the full-vocabulary forward KL, its expectation over x ~ pi_T
-    up to a constant."""
+    guidance_loss: Literal["nll", "forward_kl", "divergence"] = "nll"
+    """Guidance term: -log pi_S(x); under gated_kl the full-vocabulary forward KL, its expectation over x ~ pi_T up to a
+    constant; under another exact divergence that divergence, as on the student's own tokens."""
     jsd_beta: float = 0.5
     """Teacher's weight in the mixture of the generalised JSD, exact or over the top-k."""
     proximal_alpha: float = 0.2
@@ -52,6 +52,22 @@ class Objective:
     """Nats; entropy adds its forward KL where H(pi_T) is above this."""
     skew: float = 0.1
     """a, the weight of the divergence's first argument in the mixture of the skew KLs."""
+
+    task_reward: float = 0.0
+    """Coefficient of the verifier's verdict: the advantage of every on-policy token of a sample that is right, less the
+    mean over the samples of its prompt, adds to what the teacher says."""
+    importance_cap: float | None = None
+    """Weights on-policy tokens by min(pi_trainer(x) / pi_engine(x), cap), detached: corrects for an engine that sampled
+    from other probabilities than the trainer has. None: every weight is 1."""
+    entropy_share: float = 1.0
+    """Share of the global batch's on-policy tokens that are learned from: those where the student's entropy is
+    highest. The loss is divided by these tokens."""
+    switch: float = 0.0
+    """Share of the training before which outliers are masked and entropy_share does not act yet."""
+
+    def at(self, progress: float) -> Objective:
+        """The objective in force after the share ``progress`` of the training."""
+        return replace(self, outlier="mask", entropy_share=1.0) if progress < self.switch else self
 
     @property
     def exact_divergence(self) -> ExactDivergence | None:

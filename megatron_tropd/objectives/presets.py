@@ -22,6 +22,9 @@ outlier mask or clip the two differ.
 ``rkl-exact``, ``fkl-exact``, ``jsd-exact``: KL(S||T), KL(T||S), beta KL(T||m) + (1 - beta) KL(S||m) with
 m = beta pi_T + (1 - beta) pi_S. GKD, arXiv 2306.13649.
 
+``gkd``: the same JSD on whole teacher answers too, which `guidance.fraction` (1 - lambda) of the samples are; the rest
+are the student's. arXiv 2306.13649.
+
 ``jsd``: beta sum_TopK pi_T log(pi_T / m) - (1 - beta) sg(log m(x) - log pi_S(x)) log pi_S(x). METHOD 2. The first term
 is differentiated through m, the second is a reward [choice]: detached as well, the first would have no gradient.
 
@@ -30,9 +33,15 @@ is differentiated through m, the second is a reward [choice]: detached as well, 
 ``eopd``: K1 + alpha 1[H(pi_T) > tau] sum_TopK q log(q / pi_S), q = pi_T scaled to mass 1 on TopK. arXiv 2603.07079.
 Divided by all tokens: `training.normalization=tokens`, the default. H(pi_T) runs over the full vocabulary. [choice]
 
+``entropy-opd``: K1 on the fifth of the global batch's on-policy tokens where H(pi_S), over the full vocabulary, is
+highest; divided by these tokens. METHOD 2.
+
 ``reopold``: -sg(max(R, tau)) log pi_S(x), tau = log(l) / (1 - l), l = 0.3: one stage. arXiv 2603.11137. It divides by
 the tokens it keeps, `training.normalization=kept`, where a token at the floor counts as an outlier, not as kept; with
 the default, `tokens`, all are counted.
+
+``reopold-two-stage``: K1 where R > tau, nothing elsewhere, for the first half of the training; then ``reopold`` on the
+fifth of the tokens where H(pi_S) is highest. arXiv 2603.11137, METHOD 2.
 
 ``top-d``: -sg(log(alpha e^R + 1 - alpha)) log pi_S(x): K1 against the proximal teacher alpha pi_T + (1 - alpha) pi_S.
 METHOD 2. Its own paper calls the method TROPD: it is not Trust Region On-Policy Distillation.
@@ -66,10 +75,15 @@ PRESETS = {
         Objective("fkl-exact", on_policy="forward_kl"),
         Objective("jsd-exact", on_policy="jsd"),
         Objective("jsd", on_policy="mixture"),
+        Objective("gkd", on_policy="jsd", guidance_loss="divergence", guidance_beta=1.0),
         Objective("skew-fkl", on_policy="skew_forward_kl"),
         Objective("skew-rkl", on_policy="skew_reverse_kl"),
         Objective("eopd", on_policy="entropy", top_k=16, renormalize="teacher"),
         Objective("reopold", gate="static", outlier="clip", tau=math.log(0.3) / 0.7),
+        Objective("entropy-opd", entropy_share=0.2),
+        Objective(
+            "reopold-two-stage", gate="static", outlier="clip", tau=math.log(0.3) / 0.7, entropy_share=0.2, switch=0.5
+        ),
         Objective("top-d", on_policy="proximal"),
         Objective("mopd", on_policy="top_k_reverse_kl"),
         Objective("seq-kd", on_policy="none", guidance_beta=1.0),
@@ -162,6 +176,12 @@ def _check_numbers(objective: Objective) -> None:
          "finite and > 0 (0 is the preset 'opd')"),
         ("entropy_tau", _is_number(objective.entropy_tau) and objective.entropy_tau >= 0,
          "a finite number of nats >= 0"),
+        ("task_reward", _is_number(objective.task_reward) and objective.task_reward >= 0, "finite and >= 0"),
+        ("importance_cap", objective.importance_cap is None
+         or (_is_number(objective.importance_cap) and objective.importance_cap >= 1), "None or at least 1"),
+        ("entropy_share", _is_number(objective.entropy_share) and 0 < objective.entropy_share <= 1,
+         "above 0 and at most 1 (1 is every token)"),
+        ("switch", _is_number(objective.switch) and 0 <= objective.switch < 1, "at least 0 and below 1"),
         ("student_log_prob_min", floor is None or (_is_number(floor) and floor < 0), "None or a negative number"),
     ]  # fmt: skip
     for key, holds, wanted in requirements:
@@ -178,6 +198,12 @@ def _check_gate(objective: Objective, overrides: dict[str, Any]) -> None:
         raise ValueError(f"objective {name!r} trusts every token, so outlier has no effect; give gate='static' too")
     if objective.gate == "reject" and objective.outlier == "mask":
         raise ValueError(f"objective {name!r}: gate 'reject' with outlier 'mask' leaves no loss; use outlier 'fkl'")
+    if objective.on_policy == "none" and objective.entropy_share < 1:
+        raise ValueError(f"objective {name!r} learns from no on-policy token: leave entropy_share out")
+    if objective.switch > 0 and (not objective.has_gate or objective.gate == "none"):
+        raise ValueError(
+            f"objective {name!r} has no outliers to mask before switch; give gate='static' too, or switch=0"
+        )
     if objective.on_policy == "gated_kl" and objective.outlier == "clip":
         raise ValueError(
             f"objective {name!r} has no reward to clip: its terms are exact; use outlier 'fkl' or 'mask', or "
@@ -195,6 +221,13 @@ def _check_terms(objective: Objective, overrides: dict[str, Any]) -> None:
             f"objective {name!r}: {given[0]} is a variant of the top-k forward KL, which this objective does not "
             "take; leave it out, or use preset 'fkl'"
         )
+    if objective.guidance_loss == "divergence" and objective.exact_divergence in (None, "gated_kl"):
+        raise ValueError(
+            f"objective {name!r}: guidance_loss 'divergence' needs one full-vocabulary divergence for every token; use "
+            "preset 'gkd', 'fkl-exact', 'rkl-exact' or a skew one, or guidance_loss 'nll'"
+        )
+    if objective.on_policy == "none" and (objective.task_reward or objective.importance_cap is not None):
+        raise ValueError(f"objective {name!r} learns from no on-policy token: leave task_reward and importance_cap out")
     if objective.guidance_loss == "forward_kl" and objective.on_policy != "gated_kl":
         raise ValueError(
             f"objective {name!r}: guidance_loss 'forward_kl' needs the full-vocabulary terms of preset "

@@ -172,27 +172,59 @@ def token_losses(
     teacher_entropy_N: torch.Tensor | None = None,
     top_k_divergence_N: torch.Tensor | None = None,
     divergence_N: torch.Tensor | None = None,
+    advantages_N: torch.Tensor | None = None,
+    engine_log_probs_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of every token, ``[N]``, to be minimised; unreduced (METHOD 1, the table; `presets` for the rest).
 
     ``student_log_probs_N`` is log pi_S(x); ``rewards_N`` R; ``trust_N`` and ``outlier_N`` from `trust_weights`;
     ``teacher_entropy_N`` as in `top_k_weights`; ``top_k_divergence_N`` where `top_k_weights` are not 0 (read if
     ``objective.needs_top_k``); ``divergence_N`` the exact divergence, with `exact_kl_weights` in it (read if
-    ``objective.exact_divergence``). Gradients flow to ``student_log_probs_N``, ``top_k_divergence_N`` and
+    ``objective.exact_divergence``); ``advantages_N`` the task's, with its coefficient, added to on-policy tokens as
+    -A log pi_S(x); ``engine_log_probs_N`` what the engine sampled them with (read if
+    ``objective.importance_cap`` is set). Gradients flow to ``student_log_probs_N``, ``top_k_divergence_N`` and
     ``divergence_N``.
     """
     guidance_N = -student_log_probs_N
-    if objective.guidance_loss == "forward_kl":
+    if objective.guidance_loss != "nll":
         assert divergence_N is not None
         guidance_N = divergence_N
-    loss_N = objective.guidance_beta * guidance_N.where(regions_N == TokenRegion.GUIDANCE, 0)
+    guidance_N = objective.guidance_beta * guidance_N.where(regions_N == TokenRegion.GUIDANCE, 0)
     if objective.on_policy == "none":
-        return loss_N
+        return guidance_N
+    on_policy_N = regions_N == TokenRegion.ON_POLICY
     if objective.exact_divergence is not None:
         assert divergence_N is not None
-        return loss_N + divergence_N.where(regions_N == TokenRegion.ON_POLICY, 0)
-    assert rewards_N is not None and trust_N is not None and outlier_N is not None
-    loss_N = loss_N + _reward_losses(objective, rewards_N, trust_N, outlier_N, student_log_probs_N)
+        loss_N = divergence_N.where(on_policy_N, 0)
+    else:
+        assert rewards_N is not None and trust_N is not None and outlier_N is not None
+        loss_N = _sampled_losses(
+            objective, rewards_N, trust_N, outlier_N, student_log_probs_N, teacher_entropy_N, top_k_divergence_N
+        )
+    if advantages_N is not None:
+        loss_N = loss_N + _policy_gradient(on_policy_N.to(loss_N.dtype), advantages_N, student_log_probs_N)
+    if objective.importance_cap is not None:
+        assert engine_log_probs_N is not None
+        loss_N = loss_N * importance_weights(student_log_probs_N, engine_log_probs_N, objective.importance_cap)
+    return guidance_N + loss_N
+
+
+def importance_weights(log_probs_N: torch.Tensor, engine_log_probs_N: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi_trainer(x) / pi_engine(x), cap), without gradient: truncated importance sampling."""
+    return (log_probs_N.detach() - engine_log_probs_N).exp().clamp(max=cap)
+
+
+def _sampled_losses(
+    objective: Objective,
+    rewards_N: torch.Tensor,
+    trust_N: torch.Tensor,
+    outlier_N: torch.Tensor,
+    student_log_probs_N: torch.Tensor,
+    teacher_entropy_N: torch.Tensor | None,
+    top_k_divergence_N: torch.Tensor | None,
+) -> torch.Tensor:
+    """The on-policy terms on the sampled token and on the top-k."""
+    loss_N = _reward_losses(objective, rewards_N, trust_N, outlier_N, student_log_probs_N)
     if objective.needs_top_k:
         assert top_k_divergence_N is not None
         weights_N = top_k_weights(objective, rewards_N, trust_N, outlier_N, teacher_entropy_N)

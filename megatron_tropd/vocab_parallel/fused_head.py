@@ -34,6 +34,8 @@ def fused_head_loss(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     uniforms_N: torch.Tensor | None = None,
+    advantages_N: torch.Tensor | None = None,
+    engine_log_probs_N: torch.Tensor | None = None,
     full_statistics: bool = False,
     weights_N: torch.Tensor | None = None,
     recompute: bool = False,
@@ -53,8 +55,8 @@ def fused_head_loss(
     Args:
         student: hidden states and output weight of the student, both with gradient or either.
         teacher: the same of the teacher, constants; None where the objective needs no teacher.
-        tokens_N, regions_N, objective, vocab_size, group, uniforms_N, full_statistics: as in `distillation_loss`; every
-            token must be of a region (not NONE).
+        tokens_N, regions_N, objective, vocab_size, group, uniforms_N, advantages_N, engine_log_probs_N,
+            full_statistics: as in `distillation_loss`; every token must be of a region (not NONE).
         weights_N: constant fp32 weight of each token's loss; None: 1.
         recompute: False takes the gradients in the forward, while a chunk's logits are there. Only a multiple of the
             result's sum can then be differentiated, and an fp32 buffer of the weight's size lives until the backward.
@@ -84,13 +86,15 @@ def fused_head_loss(
             vocab_size=vocab_size,
             group=group,
             uniforms_T=uniforms_N,
+            advantages_T=advantages_N,
+            engine_log_probs_T=engine_log_probs_N,
             full_statistics=full_statistics,
         )
     if chunk_size is None:
         sizes = student.hidden_NH.shape[1], 0 if teacher is None else teacher.hidden_NH.shape[1]
         chunk_size = recommended_chunk_size(tokens_N.shape[0], *sizes, fp32_logits=fp32_logits)
     every_N = torch.arange(tokens_N.shape[0], device=tokens_N.device)
-    tokens = Tokens(every_N, tokens_N.long(), regions_N, uniforms_N)
+    tokens = Tokens(every_N, tokens_N.long(), regions_N, uniforms_N, advantages_N, engine_log_probs_N)
     work = _Work(student, teacher, tokens, objective, vocab_size, group, full_statistics, fp32_logits, chunk_size)
     if weights_N is None:
         weights_N = torch.ones_like(tokens_N, dtype=torch.float32)
@@ -129,14 +133,8 @@ class _Work:
     def chunk(self, span: slice) -> tuple[Shards, Tokens]:
         """Both models' logits and the tokens of one chunk."""
         teacher_CV = self.teacher_logits(span)
-        uniforms_N = self.tokens.uniforms_N
-        tokens = Tokens(
-            rows_N=self.tokens.rows_N[: span.stop - span.start],
-            ids_N=self.tokens.ids_N[span],
-            regions_N=self.tokens.regions_N[span],
-            uniforms_N=None if uniforms_N is None else uniforms_N[span],
-        )
-        return Shards(self.student_logits(span), teacher_CV, self.vocab_size, self.group), tokens
+        shards = Shards(self.student_logits(span), teacher_CV, self.vocab_size, self.group)
+        return shards, self.tokens.span(span)
 
     def student_logits(self, span: slice) -> torch.Tensor:
         return self.student.logits(span, fp32=self.fp32_logits)

@@ -29,6 +29,8 @@ def distillation_loss(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     uniforms_T: torch.Tensor | None = None,
+    advantages_T: torch.Tensor | None = None,
+    engine_log_probs_T: torch.Tensor | None = None,
     full_statistics: bool = False,
     inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, LossReport]:
@@ -48,6 +50,9 @@ def distillation_loss(
         group: ranks that share the vocabulary, in shard order. None: this shard is the whole vocabulary.
         uniforms_T: draws in [0, 1) of the Bernoulli gate (M = uniform < P_trust); drawn from torch's generator when
             absent, and rank 0's draw is used on every rank.
+        advantages_T: the task's advantage of each on-policy token, its coefficient included, fp32; None: no task.
+        engine_log_probs_T: log-prob of each on-policy token where it was sampled, fp32 nats; needed where
+            ``objective.importance_cap`` is set, not read otherwise.
         full_statistics: also report both entropies and the full KL divergences (8 instead of 4 floats a token).
         inplace_backward: let the backward write the gradient into the student's logits buffer, which then no longer
             holds logits; the backward can run only once. Otherwise no argument is ever modified.
@@ -79,15 +84,15 @@ def distillation_loss(
         vocab_size=vocab_size,
         group=group,
         uniforms_T=uniforms_T,
+        advantages_T=advantages_T,
+        engine_log_probs_T=engine_log_probs_T,
         full_statistics=full_statistics,
     )
     rows_N = regions_T.nonzero()[:, 0]
-    tokens = Tokens(
-        rows_N=rows_N,
-        ids_N=tokens_T[rows_N].long(),
-        regions_N=regions_T[rows_N],
-        uniforms_N=None if uniforms_T is None else uniforms_T[rows_N],
+    uniforms_N, advantages_N, engine_log_probs_N = (
+        None if values_T is None else values_T[rows_N] for values_T in (uniforms_T, advantages_T, engine_log_probs_T)
     )
+    tokens = Tokens(rows_N, tokens_T[rows_N].long(), regions_T[rows_N], uniforms_N, advantages_N, engine_log_probs_N)
     teacher_TV = None if teacher_logits_TV is None else teacher_logits_TV.detach()
     shards = Shards(student_logits_TV.detach(), teacher_TV, vocab_size, group)
     loss_N, report = selected_losses(student_logits_TV, shards, tokens, objective, full_statistics, inplace_backward)
@@ -134,6 +139,8 @@ def apply_objective(
         teacher_entropy_N=None if found.statistics.pair is None else found.statistics.pair.teacher_entropy_N,
         top_k_divergence_N=top_k_divergence_N,
         divergence_N=divergence_N,
+        advantages_N=tokens.advantages_N,
+        engine_log_probs_N=tokens.engine_log_probs_N,
     )
     return loss_N, _report(objective, found, top_k_divergence_N.detach())
 

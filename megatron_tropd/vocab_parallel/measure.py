@@ -32,6 +32,19 @@ class Tokens:
     ids_N: torch.Tensor
     regions_N: torch.Tensor
     uniforms_N: torch.Tensor | None
+    advantages_N: torch.Tensor | None = None
+    """The task's, at on-policy tokens."""
+    engine_log_probs_N: torch.Tensor | None = None
+    """Of the sampled tokens, where the objective weights by importance."""
+
+    def span(self, span: slice) -> Tokens:
+        """These tokens of N, as rows of a chunk that holds them alone."""
+        uniforms_N, advantages_N, engine_log_probs_N = (
+            None if values_N is None else values_N[span]
+            for values_N in (self.uniforms_N, self.advantages_N, self.engine_log_probs_N)
+        )
+        rows_N = self.rows_N[: span.stop - span.start]
+        return Tokens(rows_N, self.ids_N[span], self.regions_N[span], uniforms_N, advantages_N, engine_log_probs_N)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def check_inputs(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     uniforms_T: torch.Tensor | None,
+    advantages_T: torch.Tensor | None,
+    engine_log_probs_T: torch.Tensor | None,
     full_statistics: bool,
 ) -> None:
     """Raise ValueError for the first thing that is wrong."""
@@ -42,8 +44,14 @@ def check_inputs(
         raise ValueError("full_statistics compares the two models: give teacher_logits_TV, or leave it off")
     _check_integers("tokens_T", tokens_T, tokens_T)
     _check_integers("regions_T", regions_T, tokens_T)
-    if uniforms_T is not None and not (uniforms_T.shape == tokens_T.shape and uniforms_T.is_floating_point()):
-        raise ValueError(f"uniforms_T must be floating, shape {_shape(tokens_T)}; found {_describe(uniforms_T)}")
+    floats = {"uniforms_T": uniforms_T, "advantages_T": advantages_T, "engine_log_probs_T": engine_log_probs_T}
+    for name, values_T in floats.items():
+        if values_T is not None and not (values_T.shape == tokens_T.shape and values_T.is_floating_point()):
+            raise ValueError(f"{name} must be floating, shape {_shape(tokens_T)}; found {_describe(values_T)}")
+    if objective.importance_cap is not None and engine_log_probs_T is None:
+        raise ValueError(
+            f"importance_cap {objective.importance_cap} needs engine_log_probs_T: give it, or leave it off"
+        )
     _check_values(tokens_T, regions_T, uniforms_T, vocab_size)
 
 
