@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import os
@@ -27,6 +28,9 @@ Trust Region On-Policy Distillation on Megatron-Core. Commands:
 
 `python -m megatron_tropd COMMAND --help` lists every config field. Under torchrun:
 torchrun --nproc-per-node 2 -m megatron_tropd train CONFIG.yaml --parallel.tensor_model_parallel_size=2
+
+`train CONFIG.yaml --dry-run [--world-size=N]` checks the config and every file for N processes (default: WORLD_SIZE, or
+one model replica), prints the plan and starts nothing; exit status 1 with everything that would stop the run.
 """
 
 
@@ -43,12 +47,31 @@ def main(arguments: list[str]) -> int:
     if not rest or "-h" in rest or "--help" in rest:
         build_parser(command, COMMANDS[command][2]).print_help()
         return 0 if rest else 2
+    if "--dry-run" in rest:
+        return _dry_run(command, rest)
     try:
         config = load_config(rest[0], rest[1:])
         _run(command, config)
     except ValueError as error:
         return _refuse(error)
     return 0
+
+
+def _dry_run(command: str, arguments: list[str]) -> int:
+    usage = "python -m megatron_tropd train CONFIG.yaml --dry-run [--world-size=N]"
+    parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--world-size", type=int)
+    options, rest = parser.parse_known_args(arguments)
+    if command != "train" or not rest or (options.world_size is not None and options.world_size < 1):
+        parser.error("it needs `train`, a config, and at least one process")
+    _quiet_libraries()
+    try:
+        config = load_config(rest[0], rest[1:])
+    except ConfigError as error:
+        print(f"this run cannot start, 1 problem:\n  - {error}")
+        return 1
+    return importlib.import_module("megatron_tropd.dry_run").dry_run(config, options.world_size)
 
 
 def _run(command: str, config: Config) -> None:

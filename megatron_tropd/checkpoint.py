@@ -137,7 +137,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
     """
     _on_main(lambda: verify(path), learner.layout.is_main)
     found = read_description(path)
-    _check_same(path, found, replace(expected, step=found.step))
+    check_same(path, found, replace(expected, step=found.step))
     state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
     learner.stage.module.load_state_dict(state["model"])
     load_optimizer_state(learner.optimizer, state["optimizer"])
@@ -151,7 +151,7 @@ def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size
     _on_main(lambda: verify(path), dist.get_rank() == 0)
     found = read_description(path)
     expected = Description(found.step, found.seed, vocab_size, tokenizer, architecture(config))
-    _check_same(path, found, expected)
+    check_same(path, found, expected)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
     model.load_state_dict(state["model"])
 
@@ -250,7 +250,8 @@ def read_description(path: Path) -> Description:
         raise CheckpointError(f"{file} is missing or damaged ({error}); use another checkpoint") from error
 
 
-def _check_same(path: Path, found: Description, expected: Description) -> None:
+def check_same(path: Path, found: Description, expected: Description) -> None:
+    """Raise CheckpointError unless the checkpoint at ``path`` is of what is ``expected`` (the step aside)."""
     differences = [
         f"{name}: the checkpoint has {value!r}, this run {expected.architecture.get(name)!r}"
         for name, value in found.architecture.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from contextvars import ContextVar
 from dataclasses import is_dataclass
 
 from megatron_tropd.config import OBJECTIVES, Config, ConfigError, ModelConfig, resolved_schedule
@@ -95,9 +96,32 @@ def layout_sizes(config: Config, command: str) -> tuple[int, int]:
     return config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
 
 
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+def problems(config: Config, world_size: int, command: str) -> list[str]:
+    """Everything that `validate` would refuse, one message each, in its order; empty for a config that can run."""
+    found: list[str] = []
+    token = _collected.set(found)
+    try:
+        validate(config, world_size, command)
+    except (ArithmeticError, TypeError):
+        # A size that is 0 or missing has been found; what is computed from it cannot be checked.
+        if not found:
+            raise
+    finally:
+        _collected.reset(token)
+    return found
+
+
 def _require(holds: bool, message: str) -> None:
-    if not holds:
+    if holds:
+        return
+    found = _collected.get()
+    if found is None:
         raise ConfigError(message)
+    if message not in found:
+        found.append(message)
 
 
 _LOWEST = {

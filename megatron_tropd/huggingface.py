@@ -64,12 +64,8 @@ def load_huggingface(
     where files are missing or damaged, where tensors are missing, unknown or of another shape, or not finite.
     """
     with _refused_together():
-        differences = differing_fields(model_config(read_config(folder)), config, vocab_size=vocab_size)
-        if differences:
-            raise HuggingFaceError(f"{folder} is of another model than the config says: {'; '.join(differences)}")
-        files = TensorFiles(folder)
-        shapes = _all_shapes(config, vocab_size)
-        files.check(shapes, tied=None if config.untie_embeddings_and_output_weights else next(iter(EMBEDDING.sources)))
+        check_architecture(folder, config, vocab_size=vocab_size)
+        files, shapes = open_weights(folder, config, vocab_size=vocab_size)
         by_name = {mapping.megatron: mapping for mapping in mappings(config)}
         not_finite: list[str] = []
         parameters = list(model.named_parameters())
@@ -86,6 +82,22 @@ def load_huggingface(
         if not_finite:
             raise HuggingFaceError(f"{folder} has NaN or infinite weights: {listed(sorted(not_finite))}")
     return Transfer(len(shapes), sum(files.num_bytes(name) for name in shapes))
+
+
+def check_architecture(folder: Path, config: ModelConfig, *, vocab_size: int) -> None:
+    """Raise HuggingFaceError unless the folder's config.json is of the model that ``config`` describes."""
+    differences = differing_fields(model_config(read_config(folder)), config, vocab_size=vocab_size)
+    if differences:
+        raise HuggingFaceError(f"{folder} is of another model than the config says: {'; '.join(differences)}")
+
+
+def open_weights(
+    folder: Path, config: ModelConfig, *, vocab_size: int
+) -> tuple[TensorFiles, dict[str, tuple[int, ...]]]:
+    """The folder's tensors and the shapes they must have, checked: only the headers of the files are read."""
+    files, shapes = TensorFiles(folder), _all_shapes(config, vocab_size)
+    files.check(shapes, tied=None if config.untie_embeddings_and_output_weights else next(iter(EMBEDDING.sources)))
+    return files, shapes
 
 
 def _read_parts(

@@ -179,21 +179,21 @@ def _load(run: Run, layout: Layout, config: ModelConfig, build: Callable[..., GP
         return model
     folder = Path(config.load)
     if is_huggingface(folder):
-        _check_tokenizer(run, folder, size)
+        check_tokenizer(run.tokenizer, folder, size)
         load_huggingface(folder, model, layout, config, vocab_size=size)
     else:
         load_weights(folder, model, config, vocab_size=size, tokenizer=run.tokenizer.fingerprint)
     return model
 
 
-def _check_tokenizer(run: Run, folder: Path, size: int) -> None:
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, size: int) -> None:
     """Refuse a Hugging Face model whose embedding has no row for a token, or whose own tokenizer is another."""
-    if run.tokenizer.vocab_size > size:
+    if tokenizer.vocab_size > size:
         raise ConfigError(
-            f"the tokenizer has {run.tokenizer.vocab_size} ids, the model {folder} only {size} rows in its embedding: "
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {folder} only {size} rows in its embedding: "
             "use the model's own tokenizer (tokenizer.kind=huggingface)"
         )
-    if huggingface_fingerprint(folder) not in (None, run.tokenizer.fingerprint):
+    if huggingface_fingerprint(folder) not in (None, tokenizer.fingerprint):
         raise ConfigError(
             f"{folder} has another tokenizer than this run: set tokenizer.kind=huggingface and tokenizer.model to it"
         )

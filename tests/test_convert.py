@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,7 +128,7 @@ def _check_loading(folder: str, converted: str) -> None:
     from megatron_tropd.hf_mapping import mappings
     from megatron_tropd.huggingface import load_huggingface
     from megatron_tropd.models import build_model
-    from megatron_tropd.run import _check_tokenizer
+    from megatron_tropd.run import check_tokenizer
     from tests import tiny
 
     layout = tiny.start(tp=1, pp=1)
@@ -159,7 +158,7 @@ def _check_loading(folder: str, converted: str) -> None:
 
     for characters, rows, message in (("ab", 45, "another tokenizer"), ("abcd", 5, "6 ids, the model .* only 5 rows")):
         with pytest.raises(ConfigError, match=message):
-            _check_tokenizer(SimpleNamespace(tokenizer=CharacterTokenizer(characters)), Path(folder), rows)
+            check_tokenizer(CharacterTokenizer(characters), Path(folder), rows)
 
 
 def test_a_converted_checkpoint_loads_like_the_folder(folder: Path, converted: Path) -> None:

@@ -1,0 +1,213 @@
+"""`train --dry-run`: what would stop a run, all of it at once, and the plan of one that can start.
+
+Nothing is started or written: no process group, no rank, no folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_tropd.answers import AnswerStore
+from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
+from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
+from megatron_tropd.config_checks import problems
+from megatron_tropd.data import Tokenizer, build_tokenizer, read_prompts
+from megatron_tropd.hf_config import is_huggingface
+from megatron_tropd.huggingface import check_architecture, open_weights
+from megatron_tropd.planner import model_parameters, rank_memory, stage_parameters
+from megatron_tropd.planner.memory import element_bytes
+from megatron_tropd.run import check_tokenizer, export_reference, vocab_size
+from megatron_tropd.types import Prompt
+
+
+@dataclass
+class Findings:
+    """What a dry run found."""
+
+    problems: list[str] = field(default_factory=list)
+    """What would stop the run."""
+    warnings: list[str] = field(default_factory=list)
+    """What has to be there, or be known, before it starts."""
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """A ValueError, which is what this package refuses with, becomes a problem."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.problems.append(str(error))
+
+
+def dry_run(config: Config, world_size: int | None = None) -> int:
+    """Print the plan of `train`, or every problem; returns the exit status, 1 where there is a problem.
+
+    ``world_size`` is the number of processes; None: WORLD_SIZE, or without it one model replica.
+    """
+    if world_size is None:
+        world_size = _implied_world_size(config)
+    found = check(config, world_size)
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    if found.problems:
+        count = f"{len(found.problems)} problem" + "s" * (len(found.problems) > 1)
+        print("\n".join([f"this run cannot start, {count}:", *(f"  - {problem}" for problem in found.problems)]))
+        return 1
+    print(describe(config, world_size))
+    return 0
+
+
+def _implied_world_size(config: Config) -> int:
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    parallel = config.parallel
+    return max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def check(config: Config, world_size: int) -> Findings:
+    """Every check that needs no process group: sizes, tokenizer, prompts, answers, weights, folders."""
+    found = Findings(problems=problems(config, world_size, "train"))
+    _check_output(config, found)
+    tokenizer = None
+    with found.collect():
+        tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
+    if tokenizer is None:
+        return found  # files of text cannot be read without
+    _check_data(config, tokenizer, found)
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None:
+            _check_weights(name, model, tokenizer, found)
+    _check_resume(config, tokenizer, found)
+    if config.training.export_hf:
+        with found.collect():
+            export_reference(config, tokenizer)
+    return found
+
+
+def _check_output(config: Config, found: Findings) -> None:
+    folder = Path(config.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        found.problems.append(f"output_dir {folder}: {existing} is a file, not a folder: choose another folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        found.problems.append(f"output_dir {folder}: {existing} is not writable: choose another folder")
+
+
+def _check_data(config: Config, tokenizer: Tokenizer, found: Findings) -> None:
+    data = config.data
+    prompts: list[Prompt] = []
+    for path in (data.validation, data.train):
+        if path is None:
+            continue
+        with found.collect():
+            prompts, num_skipped = read_prompts(path, tokenizer, data.max_prompt_length, data.long_prompts)
+            if num_skipped:
+                found.warnings.append(f"{path}: {num_skipped} prompts are over their length budget and are skipped")
+    answers = config.guidance.answers
+    if resolved_schedule(config) == "none" or answers is None:
+        return
+    if not Path(answers).exists():
+        found.warnings.append(
+            f"guidance.answers {answers} is not there yet: `python -m megatron_tropd generate` writes it"
+        )
+        return
+    with found.collect():
+        store = AnswerStore.read(answers, tokenizer.fingerprint, tokenizer.vocab_size)
+        for prompt in prompts:
+            store.answer(prompt, 0)
+
+
+def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: Findings) -> None:
+    if model.load is None:
+        found.warnings.append(f"{name}.load is not set: the {name} starts with random weights")
+        return
+    folder, size = Path(model.load), vocab_size(model, tokenizer)
+    with found.collect():
+        if not folder.exists():
+            raise FileNotFoundError(f"{name}.load {folder} is not there: correct the path, or take the field out")
+        if not is_huggingface(folder):
+            path = resolve(folder)
+            description = read_description(path)
+            seed, fingerprint = description.seed, tokenizer.fingerprint
+            check_same(path, description, Description(description.step, seed, size, fingerprint, architecture(model)))
+            return
+        check_architecture(folder, model, vocab_size=size)
+        check_tokenizer(tokenizer, folder, size)
+        if not list(folder.glob("*.safetensors*")):
+            found.warnings.append(f"{name}.load {folder} has a config.json but no weights (*.safetensors) yet")
+            return
+        open_weights(folder, model, vocab_size=size)
+
+
+def _check_resume(config: Config, tokenizer: Tokenizer, found: Findings) -> None:
+    with found.collect():
+        newest = latest_checkpoint(Path(config.output_dir) / "checkpoints")
+        if newest is None:
+            return
+        description = read_description(newest)
+        expected = Description(
+            step=description.step,
+            seed=config.training.seed,
+            vocab_size=vocab_size(config.student, tokenizer),
+            tokenizer=tokenizer.fingerprint,
+            architecture=architecture(config.student),
+        )
+        check_same(newest, description, expected)
+        found.warnings.append(f"{config.output_dir} holds a run: it continues after step {description.step}")
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+def describe(config: Config, world_size: int) -> str:
+    """The plan of a valid config as text: layout, parameters, tokens of a step, memory of each pipeline stage."""
+    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
+    config = with_vocab_sizes(config, tokenizer)
+    parallel, training, rollout = config.parallel, config.training, config.rollout
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    data = world_size // (tensor * pipeline)
+    length = config.data.max_prompt_length + rollout.max_response_length
+    num_micro_batches = training.global_batch_size // (training.micro_batch_size * data)
+    lines = [
+        f"run        {config.objective}, {training.train_iters} steps, in {config.output_dir}",
+        f"layout     {world_size} ranks = tensor {tensor} x pipeline {pipeline} x data {data}",
+        *(
+            f"{name:<11}{model_parameters(model) / 1e9:.3f} B parameters; on a rank of each stage "
+            + ", ".join(f"{count / 1e9:.3f} B" for count in stage_parameters(model, tensor, pipeline))
+            for name, model in (("student", config.student), ("teacher", config.teacher))
+            if model is not None
+        ),
+        f"step       {training.global_batch_size} sequences = "
+        f"{training.global_batch_size // rollout.samples_per_prompt} prompts x {rollout.samples_per_prompt} rollouts; "
+        f"at most {training.global_batch_size * length:,} tokens ({length:,} each)",
+        f"micro-batches  {num_micro_batches} of {training.micro_batch_size} on each data-parallel rank",
+        f"memory     estimated GB on a rank, {'fp32' if element_bytes(config) == 4 else 'bf16'}, longest sequences, "
+        "fused attention; without CUDA context and NCCL",
+        *memory_table(config, world_size),
+        "nothing was started",
+    ]
+    return "\n".join(lines)
+
+
+def with_vocab_sizes(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with both models' true vocabulary sizes written out."""
+    student = replace(config.student, vocab_size=vocab_size(config.student, tokenizer))
+    teacher = config.teacher
+    if teacher is not None:
+        teacher = replace(teacher, vocab_size=vocab_size(teacher, tokenizer))
+    return replace(config, student=student, teacher=teacher)
+
+
+def memory_table(config: Config, world_size: int) -> list[str]:
+    """One line for each component that is not 0 on some stage, one column for each pipeline stage, in GB."""
+    stages = rank_memory(config, world_size)
+    rows = {name: [stage.components()[name] for stage in stages] for name in stages[0].components()}
+    rows["peak"] = [stage.peak for stage in stages]
+    return [
+        f"  {name.replace('_', ' '):<16}" + "".join(f"{value / 1e9:>10.3f}" for value in values)
+        for name, values in rows.items()
+        if any(values)
+    ]

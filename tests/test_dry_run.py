@@ -1,0 +1,149 @@
+"""`train --dry-run`: every problem at once, nothing started and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.ranks import run_ranks
+
+VOCAB_SIZE = 43
+MODEL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "num_query_groups": 2}
+HF_CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 128,
+}
+
+
+def _write(folder: Path, **changes: Any) -> str:
+    """A config that can start, with sections updated; returns its path."""
+    (folder / "hf").mkdir(exist_ok=True)
+    (folder / "hf" / "config.json").write_text(json.dumps(HF_CONFIG))
+    (folder / "prompts.jsonl").write_text('{"prompt": "1+2="}\n{"prompt": "3+4="}\n')
+    untied = {"untie_embeddings_and_output_weights": True, "load": str(folder / "hf")}
+    values: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "student": dict(MODEL),
+        "teacher": MODEL | untied,
+        "data": {"train": str(folder / "prompts.jsonl"), "max_prompt_length": 16},
+        "guidance": {"answers": str(folder / "answers.jsonl")},
+        "rollout": {"max_response_length": 48},
+        "training": {"global_batch_size": 32, "micro_batch_size": 4},
+    }
+    values["tokenizer"] = {"alphabet": "0123456789+-=., abcdefghijklmnopqrstuvwxyz"[: VOCAB_SIZE - 2]}
+    for name, change in changes.items():
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def _run(*arguments: str) -> tuple[int, str]:
+    from megatron_tropd.__main__ import main
+
+    output = StringIO()
+    with redirect_stdout(output):
+        status = main(["train", *arguments])
+    return status, output.getvalue()
+
+
+def _plan_of_a_good_config(folder: Path) -> None:
+    path = _write(folder, parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
+    before = sorted(folder.rglob("*"))
+    status, text = _run(path, "--dry-run", "--world-size", "8")
+    assert status == 0
+    assert "8 ranks = tensor 2 x pipeline 2 x data 2" in text
+    assert "8 prompts x 4 rollouts; at most 2,048 tokens (64 each)" in text
+    assert "micro-batches  4 of 4" in text
+    assert "no weights" in text and "student starts with random weights" in text and "`python -m" in text
+    assert sorted(folder.rglob("*")) == before, "a dry run writes nothing"
+    # Without an option one model replica is meant, and torchrun's WORLD_SIZE where it is set.
+    assert "4 ranks = tensor 2 x pipeline 2 x data 1" in _run(path, "--dry-run")[1]
+    os.environ["WORLD_SIZE"] = "16"
+    assert "16 ranks = tensor 2 x pipeline 2 x data 4" in _run(path, "--dry-run")[1]
+    del os.environ["WORLD_SIZE"]
+
+
+def _all_problems_at_once(folder: Path) -> None:
+    path = _write(
+        folder,
+        student={"load": str(folder / "nowhere"), "num_query_groups": 3},
+        teacher={"hidden_size": 64},
+        data={"train": str(folder / "missing.jsonl"), "validation": str(folder / "config.yaml")},
+        parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3},
+        training={"global_batch_size": 33, "export_hf": True},
+        output_dir=str(folder / "prompts.jsonl" / "run"),
+    )
+    status, text = _run(path, "--dry-run", "--world-size=6")
+    assert status == 1
+    for problem in (
+        "student.num_query_groups 3 is not divisible by tensor_model_parallel_size 2",
+        "student.num_attention_heads 4 is not divisible by num_query_groups 3",
+        "student.num_layers 4 cannot be split over pipeline_model_parallel_size 3",
+        "teacher.num_layers 4 cannot be split over pipeline_model_parallel_size 3",
+        "training.global_batch_size 33 must be a multiple",
+        "prompts.jsonl is a file, not a folder",
+        "cannot read " + str(folder / "missing.jsonl"),
+        f"{folder / 'config.yaml'}:1",
+        f"student.load {folder / 'nowhere'} is not there",
+        "hidden_size: the folder has 32, this run 64",
+        "training.export_hf needs a Hugging Face folder",
+    ):
+        assert f"- {problem}" in text or problem in text, problem
+    assert "this run cannot start, 11 problems" in text
+
+
+def _one_problem_each(folder: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"teacher": {"vocab_size": 40}}, "vocab_size: the folder has 43, this run 40"),
+        ({"tokenizer": {"kind": "huggingface", "model": "nowhere"}}, "is not a folder with tokenizer.json"),
+        ({"student": {"num_attention_heads": 0}}, "student.num_attention_heads must be at least 1, found 0"),
+        ({"parallel": {"tensor_model_parallel_size": 0}}, "parallel sizes must be at least 1"),
+    ]
+    for changes, message in cases:
+        status, text = _run(_write(folder, **changes), "--dry-run")
+        assert status == 1 and message in text, text
+    path = _write(folder)
+    status, text = _run(path, "--dry-run", "--student.num_layer=3")
+    assert status == 1 and "did you mean" in text
+    (folder / "hf" / "config.json").write_text("{")
+    status, text = _run(path, "--dry-run")
+    assert status == 1 and "config.json cannot be read" in text
+    (folder / "hf" / "config.json").write_text(json.dumps(HF_CONFIG))
+    (folder / "hf" / "model.safetensors").write_bytes(b"not tensors")
+    status, text = _run(path, "--dry-run")
+    assert status == 1 and "model.safetensors" in text
+    (folder / "answers.jsonl").write_text("")
+    status, text = _run(path, "--dry-run")
+    assert status == 1 and "2 problems" in text and "the file is empty" in text
+
+
+def _check_all(folder: str) -> None:
+    import torch.distributed as dist
+
+    checks: list[Callable[[Path], None]] = [_plan_of_a_good_config, _all_problems_at_once, _one_problem_each]
+    del os.environ["WORLD_SIZE"]
+    for check in checks:
+        own = Path(folder) / check.__name__
+        own.mkdir()
+        check(own)
+        assert not dist.is_initialized(), "a dry run starts no process group"
+
+
+def test_dry_runs(tmp_path: Path) -> None:
+    run_ranks(1, _check_all, str(tmp_path), init_process_group=False)
