@@ -18,8 +18,15 @@ from megatron_tropd.config_checks import problems
 from megatron_tropd.data import Tokenizer, build_tokenizer, read_prompts
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
-from megatron_tropd.planner import model_parameters, rank_memory, stage_parameters
-from megatron_tropd.planner.memory import element_bytes
+from megatron_tropd.planner import (
+    Sizes,
+    element_bytes,
+    model_parameters,
+    rank_memory,
+    stage_parameters,
+    student_layout,
+    teacher_layout,
+)
 from megatron_tropd.run import check_tokenizer, export_reference, vocab_size
 from megatron_tropd.types import Prompt
 
@@ -167,17 +174,17 @@ def describe(config: Config, world_size: int) -> str:
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
     config = with_vocab_sizes(config, tokenizer)
     parallel, training, rollout = config.parallel, config.training, config.rollout
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data = world_size // (tensor * pipeline)
+    layout, own = student_layout(config, world_size), teacher_layout(config, world_size)
     length = config.data.max_prompt_length + rollout.max_response_length
-    num_micro_batches = training.global_batch_size // (training.micro_batch_size * data)
+    num_micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
     lines = [
         f"run        {config.objective}, {training.train_iters} steps, in {config.output_dir}",
-        f"layout     {world_size} ranks = tensor {tensor} x pipeline {pipeline} x data {data}",
+        f"layout     {_sizes(layout)}" + ", sequence parallel" * parallel.sequence_parallel,
+        *([f"           teacher ahead: {_sizes(own)}"] if parallel.teacher_schedule == "ahead" else []),
         *(
             f"{name:<11}{model_parameters(model) / 1e9:.3f} B parameters; on a rank of each stage "
-            + ", ".join(f"{count / 1e9:.3f} B" for count in stage_parameters(model, tensor, pipeline))
-            for name, model in (("student", config.student), ("teacher", config.teacher))
+            + ", ".join(f"{count / 1e9:.3f} B" for count in stage_parameters(model, sizes.tensor, sizes.pipeline))
+            for name, model, sizes in (("student", config.student, layout), ("teacher", config.teacher, own))
             if model is not None
         ),
         f"step       {training.global_batch_size} sequences = "
@@ -192,6 +199,10 @@ def describe(config: Config, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def _sizes(layout: Sizes) -> str:
+    return f"{layout.world} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+
+
 def with_vocab_sizes(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with both models' true vocabulary sizes written out."""
     student = replace(config.student, vocab_size=vocab_size(config.student, tokenizer))
@@ -202,12 +213,16 @@ def with_vocab_sizes(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def memory_table(config: Config, world_size: int) -> list[str]:
-    """One line for each component that is not 0 on some stage, one column for each pipeline stage, in GB."""
-    stages = rank_memory(config, world_size)
-    rows = {name: [stage.components()[name] for stage in stages] for name in stages[0].components()}
-    rows["peak"] = [stage.peak for stage in stages]
+    """Components that are not 0 on some rank, in GB, one column for each kind of rank."""
+    kinds = rank_memory(config, world_size)
+    names = next(iter(kinds.values())).components()
+    rows = {name: [kind.components()[name] for kind in kinds.values()] for name in names}
+    rows["peak"] = [kind.peak for kind in kinds.values()]
     return [
-        f"  {name.replace('_', ' '):<16}" + "".join(f"{value / 1e9:>10.3f}" for value in values)
-        for name, values in rows.items()
-        if any(values)
+        f"  {'rank of':<16}" + "".join(f"{name:>20}" for name in kinds),
+        *(
+            f"  {name.replace('_', ' '):<16}" + "".join(f"{value / 1e9:>20.3f}" for value in values)
+            for name, values in rows.items()
+            if any(values)
+        ),
     ]

@@ -1,16 +1,29 @@
 """What a run takes before it runs: parameters, memory and time of each rank, from formulas that a test holds to bytes
 measured on the real trainer. docs/scaling.md explains them."""
 
-from megatron_tropd.planner.memory import Attention, RankMemory, activation_bytes, rank_memory, weight_bytes
+from megatron_tropd.planner.activations import Attention, activation_bytes
+from megatron_tropd.planner.memory import (
+    RankMemory,
+    Sizes,
+    element_bytes,
+    rank_memory,
+    student_layout,
+    teacher_layout,
+    weight_bytes,
+)
 from megatron_tropd.planner.parameters import model_parameters, stage_layers, stage_parameters
 
 __all__ = [
     "Attention",
     "RankMemory",
+    "Sizes",
     "activation_bytes",
+    "element_bytes",
     "model_parameters",
     "rank_memory",
     "stage_layers",
     "stage_parameters",
+    "student_layout",
+    "teacher_layout",
     "weight_bytes",
 ]

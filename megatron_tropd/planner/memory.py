@@ -1,21 +1,20 @@
 """Bytes on one rank, by component.
 
 Weights, gradients, optimizer state, KV cache and saved activations follow from what Megatron allocates; a test compares
-each with bytes measured on the real trainer. Letters as in ``parameters``; ``e`` bytes of an element of the weights'
-type, ``a`` query heads on this rank, ``S`` tokens of a sequence, ``T`` tokens of a micro-batch.
+each with bytes measured on the real trainer. ``e``: bytes of an element of the weights' type.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from functools import partial
 
-from megatron_tropd.config import Config, ModelConfig
+from megatron_tropd.config import Config
+from megatron_tropd.config_checks import layout_sizes, teacher_sizes
+from megatron_tropd.planner.activations import Attention, activation_bytes, layer_transient
 from megatron_tropd.planner.parameters import head_widths, padded_vocabulary, stage_layers, stage_parameters
 from megatron_tropd.vocab_parallel.output_head import recommended_chunk_size
-
-Attention = Literal["flash", "unfused"]
-"""flash: TransformerEngine's layers, no [S, S] matrix; unfused: Megatron's local layers, which keep one per head."""
 
 RESERVE_BYTES = 4 * 10**9
 """Assumed for what no formula here covers: CUDA context, NCCL buffers, cuBLAS workspace, allocator fragmentation."""
@@ -23,10 +22,11 @@ RESERVE_BYTES = 4 * 10**9
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. What training and generation need beside the rest never exists at the same time."""
+    """Bytes on one rank. Generation, a teacher pass ahead, and the schedule that trains follow one another."""
 
     student_weights: int
     teacher_weights: int
+    """0 where the teacher is in host memory between its passes; its output weight for the student's layout counts."""
     gradients: int
     """fp32, over all data-parallel ranks the same."""
     optimizer: int
@@ -34,13 +34,17 @@ class RankMemory:
     activations: int
     """What the student's forward saves for the backward, for all micro-batches in flight."""
     teacher_hidden: int
-    """The teacher's hidden states between stages and at the output layer."""
+    """shared: the teacher's hidden states between stages and at the output layer; ahead: this rank's share of those
+    that wait for the student's schedule."""
     head: int
     """Fused heads: both models' logits of one chunk, the fp32 gradient of the student's output weight."""
     logits: int
     """Both models' whole logits; 0 with the fused heads."""
     workspace: int
     """Transient tensors of one layer; with recomputation its saved activations too."""
+    teacher_pass: int
+    """ahead: hidden states of the whole pass on the teacher's last stage, transient tensors of a layer, and the weights
+    where they come from the host."""
     kv_cache: int
     """Keys and values of one batch of the engine at its longest."""
     prefill: int
@@ -64,11 +68,37 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The most that exists at once."""
-        return self.resident + max(self.training, self.rollout)
+        return self.resident + max(self.training, self.rollout, self.teacher_pass)
 
     def components(self) -> dict[str, int]:
         """Name to bytes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One model's layout."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+
+def student_layout(config: Config, world_size: int) -> Sizes:
+    """The student's layout on ``world_size`` ranks."""
+    tensor, pipeline = layout_sizes(config, "train")
+    return Sizes(tensor, pipeline, world_size // (tensor * pipeline))
+
+
+def teacher_layout(config: Config, world_size: int) -> Sizes:
+    """The teacher's, which is the student's unless the config gives it its own."""
+    tensor, pipeline = teacher_sizes(config)
+    return Sizes(tensor, pipeline, world_size // (tensor * pipeline))
 
 
 def element_bytes(config: Config) -> int:
@@ -76,15 +106,21 @@ def element_bytes(config: Config) -> int:
     return 4 if config.training.precision == "fp32" else 2
 
 
-def rank_memory(config: Config, world_size: int, *, attention: Attention = "flash") -> list[RankMemory]:
-    """Of every pipeline stage, the bytes on one of its ranks, with all sequences as long as the config allows.
+def rank_memory(config: Config, world_size: int, *, attention: Attention = "flash") -> dict[str, RankMemory]:
+    """Bytes on a rank of every kind, with all sequences as long as the config allows, by a name such as ``stage 0``.
 
-    Both models' ``vocab_size`` must be set, and the config valid for ``world_size``.
+    Kinds differ by the pipeline stage of the student and, where it has a layout of its own, of the teacher. Both
+    models' ``vocab_size`` must be set, and the config valid for ``world_size``.
     """
-    parallel = config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data = world_size // (tensor * pipeline)
-    return [_stage_memory(config, stage, tensor, pipeline, data, attention) for stage in range(pipeline)]
+    student, teacher = student_layout(config, world_size), teacher_layout(config, world_size)
+    kinds: dict[str, RankMemory] = {}
+    num_kinds = math.lcm(student.pipeline, teacher.pipeline)
+    for kind in range(num_kinds):
+        # Megatron counts pipeline stages outermost.
+        stage, teacher_stage = kind * student.pipeline // num_kinds, kind * teacher.pipeline // num_kinds
+        name = f"stage {stage}" + f", teacher {teacher_stage}" * (teacher != student)
+        kinds[name] = _Rank(config, stage, teacher_stage, student, teacher, attention).memory()
+    return kinds
 
 
 def weight_bytes(num_parameters: int, element: int, *, data: int, distributed: bool) -> tuple[int, int, int]:
@@ -97,129 +133,103 @@ def weight_bytes(num_parameters: int, element: int, *, data: int, distributed: b
     return num_parameters * element, num_parameters * 4, num_parameters * state // (data if distributed else 1)
 
 
-def _stage_memory(
-    config: Config, stage: int, tensor: int, pipeline: int, data: int, attention: Attention
-) -> RankMemory:
-    student, teacher, training = config.student, config.teacher, config.training
-    e, length = element_bytes(config), config.data.max_prompt_length + config.rollout.max_response_length
-    size, is_last = training.micro_batch_size, stage == pipeline - 1
-    distributed = config.optimizer.use_distributed_optimizer
-    own = stage_parameters(student, tensor, pipeline)[stage]
-    weights, gradients, optimizer = weight_bytes(own, e, data=data, distributed=distributed)
-    num_micro_batches = training.global_batch_size // (size * data)
-    saved = activation_bytes(
-        student, stage, tensor=tensor, pipeline=pipeline, batch=size, length=length, element=e,
-        attention=attention, recompute=training.recompute,
-    )  # fmt: skip
-    one_layer = _layer_activations(student, tensor, size, length, e, attention)
-    transient = _layer_transient(student, tensor, size * length, e)
-    teacher_weights = teacher_hidden = 0
-    if teacher is not None:
-        teacher_weights = stage_parameters(teacher, tensor, pipeline)[stage] * e
-        teacher_hidden = size * length * teacher.hidden_size * e * (2 if pipeline > 1 else 1)
-        transient = max(transient, _layer_transient(teacher, tensor, size * length, e))
-    head, logits = _head_bytes(config, tensor, e) if is_last else (0, 0)
-    kv_cache, prefill = _rollout_bytes(config, stage, tensor, pipeline, data, e)
-    return RankMemory(
-        student_weights=weights,
-        teacher_weights=teacher_weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=saved * min(num_micro_batches, pipeline - stage),
-        teacher_hidden=teacher_hidden,
-        head=head,
-        logits=logits,
-        workspace=transient + one_layer * training.recompute,
-        kv_cache=kv_cache,
-        prefill=prefill,
-    )
+@dataclass(frozen=True)
+class _Rank:
+    """A rank of one kind."""
 
+    config: Config
+    stage: int
+    teacher_stage: int
+    student: Sizes
+    teacher: Sizes
+    attention: Attention
 
-# ---------------------------------------------------------------------------------------------------- activations
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.student.pipeline - 1
 
+    @property
+    def length(self) -> int:
+        return self.config.data.max_prompt_length + self.config.rollout.max_response_length
 
-def activation_bytes(
-    model: ModelConfig,
-    stage: int,
-    *,
-    tensor: int,
-    pipeline: int,
-    batch: int,
-    length: int,
-    element: int,
-    attention: Attention,
-    recompute: bool,
-) -> int:
-    """What the forward of one micro-batch saves for the backward on a rank of ``stage``.
+    def memory(self) -> RankMemory:
+        config, sizes, training = self.config, self.student, self.config.training
+        e, size = element_bytes(config), training.micro_batch_size
+        weights, gradients, optimizer = weight_bytes(
+            stage_parameters(config.student, sizes.tensor, sizes.pipeline)[self.stage],
+            e,
+            data=sizes.data,
+            distributed=config.optimizer.use_distributed_optimizer,
+        )
+        one_micro_batch = partial(
+            activation_bytes,
+            config.student,
+            self.stage,
+            tensor=sizes.tensor,
+            pipeline=sizes.pipeline,
+            batch=size,
+            length=self.length,
+            element=e,
+            attention=self.attention,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
+        in_flight = min(training.global_batch_size // (size * sizes.data), sizes.pipeline - self.stage)
+        layers = stage_layers(config.student, sizes.pipeline)[self.stage]
+        workspace = layer_transient(config.student, sizes.tensor, size * self.length, e)
+        if training.recompute:
+            workspace += one_micro_batch(recompute=False) // max(layers, 1)
+        teacher_weights, teacher_hidden, teacher_pass, teacher_transient = self._teacher_bytes(e)
+        head, logits = _head_bytes(config, sizes.tensor, e) if self.is_last else (0, 0)
+        kv_cache, prefill = self._rollout_bytes(e)
+        return RankMemory(
+            student_weights=weights,
+            teacher_weights=teacher_weights,
+            gradients=gradients,
+            optimizer=optimizer,
+            activations=one_micro_batch(recompute=training.recompute) * in_flight,
+            teacher_hidden=teacher_hidden,
+            head=head,
+            logits=logits,
+            workspace=max(workspace, teacher_transient),
+            teacher_pass=teacher_pass,
+            kv_cache=kv_cache,
+            prefill=prefill,
+        )
 
-    With recomputation the input of each layer alone. The last stage adds the final norm and the choice of the
-    positions that carry loss, the first the token ids.
-    """
-    tokens, hidden = batch * length, model.hidden_size
-    layers = stage_layers(model, pipeline)[stage]
-    per_layer = _layer_activations(model, tensor, batch, length, element, attention)
-    saved = layers * (tokens * hidden * element if recompute else per_layer)
-    if stage == 0:
-        saved += tokens * 8
-    if stage == pipeline - 1:
-        # The norm's output is not saved: only rows of it are read.
-        saved += tokens * (_norm_activations(model, hidden, element, attention) - hidden * element + 16)
-    return saved
+    def _teacher_bytes(self, e: int) -> tuple[int, int, int, int]:
+        """(weights, waiting hidden states, pass ahead, transient tensors beside the student's)."""
+        teacher, parallel, training = self.config.teacher, self.config.parallel, self.config.training
+        if teacher is None:
+            return 0, 0, 0, 0
+        sizes, tokens = self.teacher, training.micro_batch_size * self.length
+        weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline)[self.teacher_stage] * e
+        transient = layer_transient(teacher, sizes.tensor, tokens, e)
+        if parallel.teacher_schedule == "shared":
+            return weights, tokens * teacher.hidden_size * e * (2 if sizes.pipeline > 1 else 1), 0, transient
+        hidden = training.global_batch_size * self.config.rollout.max_response_length * teacher.hidden_size * e
+        last = self.teacher_stage == sizes.pipeline - 1
+        teacher_pass = transient + (hidden // sizes.data if last else 0)
+        table = padded_vocabulary(teacher, self.student.tensor) // self.student.tensor * teacher.hidden_size * e
+        head = table if self.is_last and sizes != self.student else 0
+        if parallel.offload_teacher:
+            return head, self._waiting(hidden), teacher_pass + weights, 0
+        return weights + head, self._waiting(hidden), teacher_pass, 0
 
+    def _waiting(self, hidden: int) -> int:
+        if not self.is_last or self.config.parallel.teacher_hidden == "host":
+            return 0
+        return hidden // (self.student.data * self.student.tensor)
 
-def _layer_activations(
-    model: ModelConfig, tensor: int, batch: int, length: int, element: int, attention: Attention
-) -> int:
-    """Saved by one layer. The input of a linear layer that follows a norm is the norm's output, counted there."""
-    per_token = 2 * _norm_activations(model, model.hidden_size, element, attention)
-    per_token += _attention_activations(model, tensor, length, element, attention)
-    per_token += _feed_forward_activations(model, tensor, element)
-    shared = length * length if attention == "unfused" else 0  # the causal mask, one byte, for the whole batch
-    return batch * length * per_token + shared
-
-
-def _norm_activations(model: ModelConfig, width: int, element: int, attention: Attention) -> int:
-    """A norm and its output. Local RMSNorm computes in fp32 and keeps the input and the normalised value so."""
-    if attention == "unfused" and model.normalization == "RMSNorm":
-        return (8 + element) * width + 4
-    return 2 * element * width + (8 if model.normalization == "LayerNorm" else 4)
-
-
-def _attention_activations(model: ModelConfig, tensor: int, length: int, element: int, attention: Attention) -> int:
-    queries, keys, _ = (width // tensor for width in head_widths(model))
-    heads = model.num_attention_heads // tensor
-    groups = (model.num_query_groups or model.num_attention_heads) // tensor
-    if attention == "flash":
-        norms = (queries + keys) * element + 4 * (heads + groups) if model.qk_layernorm else 0
-        # Queries, keys, values, the result (which is the projection's input), and the softmax's log-sum.
-        return (2 * queries + 2 * keys) * element + 4 * heads + norms
-    norms = 0
-    if model.qk_layernorm:
-        keys_input = (queries + 2 * keys) * 4 if element == 4 else keys * 4  # in fp32 a view of all of QKV
-        norms = 8 * queries + 4 * keys + keys_input + 4 * (heads + groups)
-    # Keys and values are repeated for every query head; probabilities in fp32, and in the weights' type to multiply.
-    return 4 * queries * element + heads * length * (4 + (element if element != 4 else 0)) + norms
-
-
-def _feed_forward_activations(model: ModelConfig, tensor: int, element: int) -> int:
-    if model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None:
-        width = model.moe_ffn_hidden_size // tensor
-        # Each chosen expert: its row of the input, the gated product's parts, the product by the router's weight.
-        return model.moe_router_topk * (element * (model.hidden_size + 6 * width) + 32)
-    width = model.ffn_hidden_size // tensor
-    # Gated: both halves (2), the activation, Megatron's copy of the linear half, the product. Else: in and out.
-    return element * width * (5 if model.swiglu else 2)
-
-
-def _layer_transient(model: ModelConfig, tensor: int, tokens: int, element: int) -> int:
-    """Live at once inside one layer without autograd: residual, norm, and the feed-forward's halves and product."""
-    width = model.ffn_hidden_size
-    if model.moe_ffn_hidden_size is not None:
-        width = model.moe_ffn_hidden_size * model.moe_router_topk
-    return tokens * element * (3 * model.hidden_size + (4 if model.swiglu else 2) * width // tensor)
-
-
-# ------------------------------------------------------------------------------------------ output layers, rollout
+    def _rollout_bytes(self, e: int) -> tuple[int, int]:
+        """(KV cache, prefill) of the static engine: room for the longest sequence in every row of a batch."""
+        student, rollout, sizes = self.config.student, self.config.rollout, self.student
+        rows = min(rollout.max_batch_size, self.config.training.global_batch_size // sizes.data)
+        _, keys, _ = head_widths(student)
+        layers = stage_layers(student, sizes.pipeline)[self.stage]
+        prefill = layer_transient(student, sizes.tensor, rows * self.config.data.max_prompt_length, e)
+        if self.is_last:
+            prefill += rows * padded_vocabulary(student, sizes.tensor) * 4
+        return layers * rows * self.length * 2 * (keys // sizes.tensor) * e, prefill
 
 
 def _head_bytes(config: Config, tensor: int, element: int) -> tuple[int, int]:
@@ -238,17 +248,3 @@ def _head_bytes(config: Config, tensor: int, element: int) -> tuple[int, int]:
     logits = min(chunk, tokens) * (shard + teacher_shard) * (4 if training.fp32_logits else element)
     gradient = shard * student.hidden_size * 4 if training.output_head == "fused" else 0
     return rows + logits + gradient, 0
-
-
-def _rollout_bytes(config: Config, stage: int, tensor: int, pipeline: int, data: int, element: int) -> tuple[int, int]:
-    """(KV cache, prefill) of the static engine: room for the longest sequence in every row of a batch."""
-    student, rollout = config.student, config.rollout
-    rows = min(rollout.max_batch_size, config.training.global_batch_size // data)
-    _, keys, _ = head_widths(student)
-    layers = stage_layers(student, pipeline)[stage]
-    length = config.data.max_prompt_length + rollout.max_response_length
-    kv_cache = layers * rows * length * 2 * (keys // tensor) * element
-    prefill = _layer_transient(student, tensor, rows * config.data.max_prompt_length, element)
-    if stage == pipeline - 1:
-        prefill += rows * padded_vocabulary(student, tensor) * 4
-    return kv_cache, prefill

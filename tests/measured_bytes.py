@@ -1,0 +1,85 @@
+"""Bytes that the real trainer holds on this rank, by component. Imports Megatron: use it inside ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tropd import rollout
+from megatron_tropd.config import RolloutConfig
+from megatron_tropd.optimization import _inner_optimizers
+from megatron_tropd.step import Learner
+from megatron_tropd.types import Prompt, RolloutRequest
+
+
+def storage_bytes(tensors: Any, *, without: Any = ()) -> int:
+    """Bytes of the storages behind ``tensors``, each once, but for those behind ``without``."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for pointer, size in found.items() if pointer not in known)
+
+
+def resident_bytes(learner: Learner) -> dict[str, int]:
+    """Weights of both models, gradients and optimizer state: what is allocated for them."""
+    student = list(learner.stage.module.parameters())
+    teacher = [] if learner.stage.teacher is None else list(learner.stage.teacher.parameters())
+    buffers = [*learner.model.buffers, *learner.model.expert_parallel_buffers]
+    state = [
+        tensor
+        for inner in _inner_optimizers(learner.optimizer)
+        for parameter, values in inner.optimizer.state.items()
+        for tensor in (parameter, *values.values())
+        if isinstance(tensor, torch.Tensor) and tensor.dim() > 0
+    ]
+    return {
+        "student_weights": storage_bytes(student),
+        "teacher_weights": storage_bytes(teacher),
+        "gradients": storage_bytes(buffer.grad_data for buffer in buffers),
+        # fp32 models are their own main weights.
+        "optimizer": storage_bytes(state, without=student),
+    }
+
+
+@contextmanager
+def saved_for_backward(*own: torch.Tensor) -> Iterator[list[int]]:
+    """The list gets the bytes that autograd saves inside the block, but for the storages of ``own``."""
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    result: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield result
+    result.append(storage_bytes(saved, without=own))
+
+
+def kv_cache_bytes(learner: Learner, *, rows: int, prompt_length: int, max_response_length: int) -> int:
+    """What Megatron allocates for keys and values while ``rows`` sequences are generated."""
+    allocated: list[int] = []
+
+    class Watched(rollout.StaticInferenceContext):  # type: ignore[misc]
+        def enable_decode_mode(self) -> None:
+            super().enable_decode_mode()
+            pairs = self.key_value_memory_dict.values()
+            allocated.append(storage_bytes(tensor for pair in pairs for tensor in pair))
+
+    engine = rollout.build_engine(
+        learner.stage.module,
+        learner.layout,
+        RolloutConfig(max_batch_size=rows),
+        vocab_size=learner.vocab_size,
+        eos_id=learner.vocab_size + 1,  # never drawn: every sequence fills its budget
+        seed=5,
+    )
+    prompt = Prompt(id="p", text="p", tokens=(2,) * prompt_length, answer="")
+    requests = [RolloutRequest(sample, prompt, ()) for sample in range(rows)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "StaticInferenceContext", Watched)
+        engine.generate(requests, max_response_length=max_response_length)
+    return max(allocated)
