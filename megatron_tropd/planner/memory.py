@@ -16,9 +16,6 @@ from megatron_tropd.planner.activations import Attention, activation_bytes, laye
 from megatron_tropd.planner.parameters import head_widths, padded_vocabulary, stage_layers, stage_parameters
 from megatron_tropd.vocab_parallel.output_head import recommended_chunk_size
 
-RESERVE_BYTES = 4 * 10**9
-"""Assumed for what no formula here covers: CUDA context, NCCL buffers, cuBLAS workspace, allocator fragmentation."""
-
 
 @dataclass(frozen=True)
 class RankMemory:

@@ -1,0 +1,66 @@
+"""GPUs by their published figures, and what is assumed of how much of them a run gets.
+
+Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (a system's figures divided by its 8
+GPUs); bf16 without sparsity; NVLink one way, half of the published two-way figure; network: one adapter for each GPU,
+200 Gb/s in DGX A100, 400 Gb/s in the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU in a node of 8."""
+
+    name: str
+    flops: float
+    """bf16 FLOP/s, dense."""
+    memory: float
+    """Bytes."""
+    memory_bandwidth: float
+    """Bytes/s."""
+    nvlink: float
+    """Bytes/s, one way, to the other GPUs of the node."""
+    network: float
+    """Bytes/s, one way, to other nodes."""
+    per_node: int = 8
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 312e12, 80e9, 2.039e12, 300e9, 25e9),
+        Gpu("H100", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+        Gpu("H200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+        Gpu("B200", 2250e12, 180e9, 8e12, 900e9, 50e9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no data sheet says. None of it has been measured with this package on GPUs: replace it by what a run logs
+    (``seconds_rollout``, ``seconds_teacher``, ``seconds_student``)."""
+
+    matrix_efficiency: float = 0.6
+    """Share of the peak FLOP/s that matrix products reach; communication and bubble are counted apart. With it, the
+    published throughput of Llama 3 405B (arXiv 2407.21783, table 4) lies between the prediction with the bubble of
+    1F1B and that without: theirs, with interleaved stages, was in between."""
+    memory_efficiency: float = 0.8
+    """Share of the memory bandwidth when weights and cache are read to decode."""
+    network_efficiency: float = 0.8
+    """Share of link bandwidths that a collective reaches."""
+    collective_latency: float = 20e-6
+    """Seconds of a small collective among the GPUs of a node."""
+    decode_layer_overhead: float = 150e-6
+    """Seconds that launching the kernels of one layer takes for one decoded token: the static engine has no CUDA
+    graphs."""
+    host_bandwidth: float = 20e9
+    """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
+    mean_length: float = 0.5
+    """Mean length of prompts and of responses, as a share of their budgets; the longest response of a batch fills its
+    budget."""
+    memory_reserve: float = 4e9
+    """Bytes kept free: CUDA context, NCCL, cuBLAS workspace, fragmentation."""

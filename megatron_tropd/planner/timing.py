@@ -1,0 +1,197 @@
+"""Seconds of each part of a step, predicted from published figures of the hardware and stated assumptions.
+
+All of it is arithmetic about the shapes: FLOP over FLOP/s, bytes over bytes/s, latencies by their number. A prediction
+ranks layouts and says what limits; it is no measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from megatron_tropd.config import Config, ModelConfig
+from megatron_tropd.planner.hardware import Assumptions, Gpu
+from megatron_tropd.planner.memory import Sizes, element_bytes, student_layout, teacher_layout
+from megatron_tropd.planner.parameters import (
+    active_layer_parameters,
+    head_widths,
+    padded_vocabulary,
+    stage_layers,
+    stage_parameters,
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds, one after the other."""
+
+    rollout: float
+    """The student's generation."""
+    teacher: float
+    """The teacher's forward passes."""
+    student: float
+    """The student's forward and backward passes."""
+    bubble: float
+    """Pipeline stages waiting for the first and the last micro-batch."""
+    gradients: float
+    """Reducing gradients over data-parallel ranks and gathering the new weights; counted as if nothing hid it."""
+    optimizer: float
+    """Reading and writing weights, gradients and moments."""
+    transfer: float
+    """Teacher ahead: its hidden states to the student's ranks, and what comes from host memory."""
+    refit: float
+    """Weights into the engine: 0, it reads the trainer's own."""
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def limit(self) -> str:
+        """The largest part."""
+        return max((field.name for field in fields(self)), key=lambda name: float(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sequence."""
+
+    prompt: float
+    response: float
+    longest_response: float
+
+    @property
+    def sequence(self) -> float:
+        """Mean tokens of a whole sequence."""
+        return self.prompt + self.response
+
+
+def lengths(config: Config, assumed: Assumptions) -> Lengths:
+    """Mean lengths as a share of the budgets, the longest response at its budget."""
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    return Lengths(prompt * assumed.mean_length, response * assumed.mean_length, response)
+
+
+def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
+    """The parts of one step of `train`; both models' ``vocab_size`` must be set."""
+    student, teacher = student_layout(config, world_size), teacher_layout(config, world_size)
+    gradients, optimizer = _update_seconds(config, student, gpu, assumed)
+    size, batch = config.training.micro_batch_size, config.training.global_batch_size
+    passes = 4 if config.training.recompute else 3
+    num_student = batch / (size * student.data)
+    one_student = _micro_batch_seconds(config, config.student, student, passes, gpu, assumed)
+    one_teacher = 0.0
+    if config.teacher is not None:
+        one_teacher = _micro_batch_seconds(config, config.teacher, teacher, 1, gpu, assumed)
+    if config.parallel.teacher_schedule == "ahead":
+        num_teacher = math.ceil(batch / size / teacher.data)
+        bubble = (student.pipeline - 1) * one_student + (teacher.pipeline - 1) * one_teacher
+    else:
+        num_teacher = math.ceil(num_student)
+        bubble = (student.pipeline - 1) * (one_student + one_teacher)
+    return StepTime(
+        rollout=rollout_seconds(config, student, gpu, assumed),
+        teacher=num_teacher * one_teacher,
+        student=num_student * one_student,
+        bubble=bubble,
+        gradients=gradients,
+        optimizer=optimizer,
+        transfer=_transfer_seconds(config, student, teacher, gpu, assumed),
+        refit=0.0,
+    )
+
+
+def forward_flops(model: ModelConfig, *, tokens: float, length: float, head_tokens: float) -> float:
+    """FLOP of the whole model's forward: two for each weight and token, causal attention, the output layer.
+
+    ``length``: tokens of a sequence; ``head_tokens``: those that reach the output layer.
+    """
+    queries, _, _ = head_widths(model)
+    layer = 2 * active_layer_parameters(model) + 2 * queries * length  # scores and values, half of them masked
+    return model.num_layers * layer * tokens + 2 * padded_vocabulary(model, 1) * model.hidden_size * head_tokens
+
+
+def _micro_batch_seconds(
+    config: Config, model: ModelConfig, layout: Sizes, passes: int, gpu: Gpu, assumed: Assumptions
+) -> float:
+    """One micro-batch on the slowest stage: ``passes`` times the FLOP of a forward, and its communication."""
+    long, size = lengths(config, assumed), config.training.micro_batch_size
+    tokens = size * long.sequence
+    stages = stage_layers(model, layout.pipeline)
+    one_layer = forward_flops(model, tokens=tokens, length=long.sequence, head_tokens=0) / model.num_layers
+    flops = [layers * one_layer for layers in stages]
+    flops[-1] += 2 * padded_vocabulary(model, 1) * model.hidden_size * size * long.response
+    layers = stages[flops.index(max(flops))]
+    compute = passes * max(flops) / layout.tensor / (gpu.flops * assumed.matrix_efficiency)
+    hidden = tokens * model.hidden_size * element_bytes(config)
+    # Two all-reduces a layer (or, sequence parallel, the same bytes as reduce-scatter and all-gather), and as many in
+    # the backward; recomputation runs the forward's once more. The backward of weights alone communicates nothing.
+    rounds = {1: 2, 3: 4, 4: 6}[passes]
+    reduce = layers * rounds * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
+    send = 0.0
+    if layout.pipeline > 1:
+        link = gpu.nvlink if layout.world <= gpu.per_node else gpu.network
+        send = (1 if passes == 1 else 2) * hidden / (link * assumed.network_efficiency)
+    return compute + reduce + send
+
+
+def all_reduce_seconds(num_bytes: float, ranks: int, link: float, assumed: Assumptions) -> float:
+    """A ring: each rank sends 2 (n - 1) / n of the bytes."""
+    if ranks == 1:
+        return 0.0
+    return 2 * (ranks - 1) / ranks * num_bytes / (link * assumed.network_efficiency) + assumed.collective_latency
+
+
+def rollout_seconds(
+    config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions, *, overhead: float | None = None
+) -> float:
+    """Prefill and decoding by the static engine: batch after batch, each to its longest response.
+
+    A decoded token costs the longer of reading weights and cache, and the products; a launch overhead and two
+    all-reduces for every layer. Pipeline stages follow one another. ``overhead`` replaces that of the launches.
+    """
+    model, rollout, long = config.student, config.rollout, lengths(config, assumed)
+    e = element_bytes(config)
+    rows_of_replica = config.training.global_batch_size / layout.data
+    rows = min(rollout.max_batch_size, rows_of_replica)
+    num_batches = math.ceil(rows_of_replica / rows)
+    products = gpu.flops * assumed.matrix_efficiency * layout.tensor
+    prefill = forward_flops(model, tokens=rows * long.prompt, length=long.prompt, head_tokens=rows) / products
+    _, keys, _ = head_widths(model)
+    weights = sum(stage_parameters(model, layout.tensor, layout.pipeline)) * e
+    context = long.prompt + long.longest_response / 2
+    cache = model.num_layers * rows * context * 2 * keys / layout.tensor * e
+    read = (weights + cache) / (gpu.memory_bandwidth * assumed.memory_efficiency)
+    multiply = forward_flops(model, tokens=rows, length=2 * context, head_tokens=rows) / products
+    launch = assumed.decode_layer_overhead if overhead is None else overhead
+    reduce = all_reduce_seconds(rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
+    token = max(read, multiply) + model.num_layers * (launch + 2 * reduce)
+    return num_batches * (prefill + long.longest_response * token)
+
+
+def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
+    """Each student replica's hidden states over one link, and through the host and back where they wait there."""
+    parallel, model, e = config.parallel, config.teacher, element_bytes(config)
+    if model is None or parallel.teacher_schedule == "shared":
+        return 0.0
+    rows = config.training.global_batch_size * lengths(config, assumed).response / student.data
+    hidden = rows * model.hidden_size * e
+    link = gpu.nvlink if student.world <= gpu.per_node else gpu.network
+    seconds = hidden / (link * assumed.network_efficiency) if teacher != student else 0.0
+    if parallel.teacher_hidden == "host":
+        seconds += 2 * hidden / student.tensor / assumed.host_bandwidth
+    if parallel.offload_teacher:
+        seconds += max(stage_parameters(model, teacher.tensor, teacher.pipeline)) * e / assumed.host_bandwidth
+    return seconds
+
+
+def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> tuple[float, float]:
+    """(communication of gradients and weights, optimizer) of the largest stage."""
+    e, count = element_bytes(config), max(stage_parameters(config.student, layout.tensor, layout.pipeline))
+    link = gpu.nvlink if layout.world <= gpu.per_node else gpu.network
+    moved = (layout.data - 1) / layout.data * count * (4 + e)
+    shards = layout.data if config.optimizer.use_distributed_optimizer else 1
+    # Gradient and three fp32 values read, three and the weight written.
+    touched = count / shards * (4 + 12 + 12 + e)
+    return moved / (link * assumed.network_efficiency), touched / (gpu.memory_bandwidth * assumed.memory_efficiency)

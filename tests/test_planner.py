@@ -1,0 +1,152 @@
+"""The planner against published figures, and the layouts it offers against what the package accepts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_tropd.config import Config, DataConfig, GuidanceConfig, ModelConfig, RolloutConfig, TrainingConfig
+from megatron_tropd.config_checks import problems
+from megatron_tropd.planner import activation_bytes, model_parameters, rank_memory, stage_parameters, weight_bytes
+from megatron_tropd.planner.hardware import GPUS, Assumptions
+from megatron_tropd.planner.layouts import plans
+from megatron_tropd.planner.parameters import padded_vocabulary
+from megatron_tropd.planner.shapes import SHAPES, find_model
+from megatron_tropd.planner.timing import forward_flops, step_time
+
+
+def config(student: str, teacher: str | None, **changes: object) -> Config:
+    values = {
+        "data": DataConfig(train="x", max_prompt_length=1024),
+        "output_dir": "x",
+        "guidance": GuidanceConfig(answers="x"),
+        "rollout": RolloutConfig(max_response_length=3072),
+    }
+    return Config(student=SHAPES[student], teacher=SHAPES[teacher] if teacher else None, **values | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    # Model cards of Qwen/Qwen3-*: 0.6B, 1.7B, 4.0B, 8.2B, 32.8B; of Meta-Llama-3 on Hugging Face: 8.03B, 70.6B, 406B.
+    [
+        ("qwen3-0.6b", 0.6), ("qwen3-1.7b", 1.7), ("qwen3-4b", 4.0), ("qwen3-8b", 8.2), ("qwen3-32b", 32.8),
+        ("llama3-8b", 8.03), ("llama3-70b", 70.6), ("llama3-405b", 406),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_of_the_model_cards(name: str, billions: float) -> None:
+    assert model_parameters(SHAPES[name]) / 1e9 == pytest.approx(billions, rel=0.015)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+@pytest.mark.parametrize("pipeline", [1, 4])
+def test_ranks_together_hold_the_model(tensor: int, pipeline: int) -> None:
+    model = SHAPES["llama3-8b"]
+    held = tensor * sum(stage_parameters(model, tensor, pipeline))
+    padding = 2 * (padded_vocabulary(model, tensor) - 128256) * model.hidden_size
+    norms = (2 * model.num_layers + 1) * model.hidden_size  # every tensor-parallel rank has them whole
+    assert held == model_parameters(model) + padding + (tensor - 1) * norms
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_bytes_of_a_parameter_are_those_of_megatrons_guide(data: int) -> None:
+    # Megatron-Core user guide, "Distributed Optimizer": 18 and 16 bytes; distributed 6 + 12 / d and 8 + 8 / d.
+    assert sum(weight_bytes(1000, 2, data=data, distributed=False)) == 18_000
+    assert sum(weight_bytes(1000, 4, data=data, distributed=False)) == 16_000
+    assert sum(weight_bytes(1000, 2, data=data, distributed=True)) == 6_000 + 12_000 / data
+    assert sum(weight_bytes(1000, 4, data=data, distributed=True)) == 8_000 + 8_000 / data
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_activations_are_those_of_korthikanti_et_al(tensor: int, sequence_parallel: bool) -> None:
+    """arXiv 2205.05198, equations 2 to 4: a layer saves sbh (10 + 24 / t), with sequence parallelism sbh 34 / t, in
+    bf16; two of the 10 are dropout masks, which distillation has none of. Fused attention has no scores [S, S]."""
+    hidden, length, batch = 12288, 2048, 4
+    gpt3 = ModelConfig(
+        num_layers=2, hidden_size=hidden, num_attention_heads=96, ffn_hidden_size=4 * hidden, swiglu=False,
+        normalization="LayerNorm", vocab_size=51200,
+    )  # fmt: skip
+
+    def saved(layers: int) -> int:
+        return activation_bytes(
+            replace(gpt3, num_layers=layers), 0, tensor=tensor, pipeline=1, batch=batch, length=length, element=2,
+            attention="flash", recompute=False, sequence_parallel=sequence_parallel,
+        )  # fmt: skip
+
+    share = 32 / tensor if sequence_parallel else 8 + 24 / tensor
+    assert saved(2) - saved(1) == pytest.approx(length * batch * hidden * share, rel=2e-3)
+
+
+def test_flops_are_those_of_llama_3() -> None:
+    """arXiv 2407.21783, section 3.2: 3.8e25 FLOP for 15.6e12 tokens of the 405B model, at 8192 tokens a sequence."""
+    forward = forward_flops(SHAPES["llama3-405b"], tokens=15.6e12, length=8192, head_tokens=15.6e12)
+    assert 3 * forward == pytest.approx(3.8e25, rel=0.1)
+
+
+def test_training_throughput_brackets_that_of_llama_3() -> None:
+    """arXiv 2407.21783, table 4: 430 TFLOP/s on each of 8192 H100, tensor 8, pipeline 16, 16M tokens of 8192 each.
+
+    Their stages were interleaved: a bubble between none and that of 1F1B, which is predicted here.
+    """
+    model = replace(SHAPES["llama3-405b"], num_layers_in_first_pipeline_stage=7, num_layers_in_last_pipeline_stage=7)
+    run = Config(
+        student=model,
+        data=DataConfig(train="x", max_prompt_length=0),
+        output_dir="x",
+        rollout=RolloutConfig(max_response_length=8192),
+        training=TrainingConfig(global_batch_size=2048, micro_batch_size=1),
+        parallel=replace(
+            config("llama3-8b", None).parallel, tensor_model_parallel_size=8, pipeline_model_parallel_size=16
+        ),
+    )
+    time = step_time(run, 8192, GPUS["H100"], replace(Assumptions(), mean_length=1.0))
+    tokens = 2048 * 8192
+    flops = 3 * forward_flops(model, tokens=tokens, length=8192, head_tokens=tokens)
+    work = time.student + time.gradients + time.optimizer
+    with_bubble, without = flops / (work + time.bubble) / 8192 / 1e12, flops / work / 8192 / 1e12
+    assert with_bubble < 430 < without
+    assert without - with_bubble < 200, "a bracket that says something"
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "gpus"),
+    [("qwen3-1.7b", "qwen3-4b", 8), ("qwen3-8b", "qwen3-32b", 16), ("llama3-8b", "llama3-70b", 64)],
+)
+def test_every_layout_is_accepted_fits_and_is_in_order(student: str, teacher: str, gpus: int) -> None:
+    gpu, assumed = GPUS["H100"], Assumptions()
+    found = plans(config(student, teacher), gpus, gpu, assumed)
+    assert found
+    for plan in found:
+        assert problems(plan.config, gpus, "train") == []
+        assert plan.peak <= gpu.memory - assumed.memory_reserve
+    totals = [round(plan.time.total, 2) for plan in found]
+    assert totals == sorted(totals)
+    assert {plan.config.parallel.teacher_schedule for plan in found} == {"shared", "ahead"}
+
+
+def test_what_cannot_fit_is_not_offered() -> None:
+    run = config("llama3-8b", "llama3-70b")
+    assert plans(run, 1, GPUS["H100"], Assumptions()) == []
+    assert plans(replace(run, training=TrainingConfig(global_batch_size=8)), 64, GPUS["H100"], Assumptions())
+    assert plans(replace(run, training=TrainingConfig(global_batch_size=3)), 64, GPUS["H100"], Assumptions()) == []
+
+
+def test_fused_heads_make_logits_absent() -> None:
+    run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
+    (fused,) = rank_memory(run, 8).values()
+    (whole,) = rank_memory(replace(run, training=replace(run.training, output_head="logits")), 8).values()
+    assert fused.logits == 0 and fused.head > 0
+    assert whole.logits == 3072 * 2 * 2 * 151936  # tokens, bf16, both models, a vocabulary that needs no padding
+
+
+def test_a_model_by_name_folder_or_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "model.yaml"
+    path.write_text("{num_layers: 2, hidden_size: 8, num_attention_heads: 2, ffn_hidden_size: 16, vocab_size: 5}")
+    assert find_model(str(path)).hidden_size == 8
+    for text, message in (("{num_layers: 2, hidden: 8}", "fields of a model"), ("[1]", "fields of a model")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            find_model(str(path))
+    with pytest.raises(ValueError, match="no built-in shape"):
+        find_model("gpt5")

@@ -1,0 +1,188 @@
+"""Which layouts of a run fit on so many GPUs, how long a step of each would take, and what limits it.
+
+python tools/plan_run.py --student qwen3-8b --teacher qwen3-32b --gpu H100 --gpus 16 --write run.yaml
+
+A prediction from published figures of the GPUs and stated assumptions (docs/scaling.md), not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tropd.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    GuidanceConfig,
+    ModelConfig,
+    RolloutConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+from megatron_tropd.config_parser import load_config
+from megatron_tropd.planner.hardware import GPUS, Assumptions
+from megatron_tropd.planner.layouts import Plan, plans
+from megatron_tropd.planner.memory import Sizes
+from megatron_tropd.planner.parameters import model_parameters
+from megatron_tropd.planner.shapes import SHAPES, find_model
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = f"a Hugging Face folder, a YAML file with a model's fields, or one of {', '.join(SHAPES)}"
+    parser.add_argument("--config", help="plan this run's models, lengths and batch; only its layout is changed")
+    parser.add_argument("--student", help=what)
+    parser.add_argument("--teacher", help=what)
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, 8 in a node")
+    parser.add_argument("--max-prompt-length", type=int, default=1024, help="tokens")
+    parser.add_argument("--max-response-length", type=int, default=8192, help="tokens")
+    parser.add_argument("--global-batch-size", type=int, default=512, help="sequences of a step")
+    parser.add_argument("--samples-per-prompt", type=int, default=4)
+    for field in fields(Assumptions):
+        name = field.name.replace("_", "-")
+        parser.add_argument(f"--{name}", type=float, default=field.default, help="assumed: %(default)s")
+    parser.add_argument("--top", type=int, default=10, help="layouts to list")
+    parser.add_argument("--write", type=Path, help="write a config of one layout to this file")
+    parser.add_argument("--layout", type=int, default=1, help="which row to write and to show in detail")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Plan, print, write; the exit status is 1 where nothing fits, 2 for what has to be corrected."""
+    options = parse(arguments)
+    try:
+        config = _config(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    gpu = GPUS[options.gpu]
+    assumed = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
+    found = plans(config, options.gpus, gpu, assumed)
+    if not found:
+        print(
+            f"no layout fits on {options.gpus} {gpu.name} of {gpu.memory / 1e9:.0f} GB: take more GPUs, shorter "
+            "sequences, or a batch that more data-parallel sizes divide"
+        )
+        return 1
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        assert model is not None
+        print(f"{name}: {model_parameters(model) / 1e9:.2f} B parameters")
+    print(
+        f"{len(found)} layouts fit on {options.gpus} {gpu.name} of {gpu.memory / 1e9:.0f} GB "
+        f"({assumed.memory_reserve / 1e9:.0f} kept free): tensor x pipeline x data, with sequence parallelism where\n"
+        "tensor > 1. Predicted seconds, fastest first:\n\n" + _table(found[: options.top])
+    )
+    if not 1 <= options.layout <= len(found):
+        print(f"error: --layout {options.layout} is not one of the {len(found)} that fit", file=sys.stderr)
+        return 2
+    chosen = found[options.layout - 1]
+    print(f"\nlayout {options.layout}, limited by its {chosen.time.limit}:\n\n{_detail(chosen)}\n")
+    if options.write is not None:
+        header = f"# Planned for {options.gpus} {gpu.name} by tools/plan_run.py: predicted, not measured.\n"
+        text = yaml.safe_dump(_without_defaults(chosen.config, Config), sort_keys=False)
+        options.write.write_text(header + text, encoding="utf-8")
+        print(f"wrote {options.write}; check it with `python -m megatron_tropd train {options.write} --dry-run`")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Config:
+    if options.config is not None:
+        config = load_config(options.config)
+        if config.teacher is None or None in (config.student.vocab_size, config.teacher.vocab_size):
+            raise ConfigError(f"{options.config}: planning needs student.vocab_size, and a teacher with vocab_size")
+        return config
+    if options.student is None or options.teacher is None:
+        raise ConfigError("give --student and --teacher, or --config")
+    student, teacher = _model(options.student), _model(options.teacher)
+    assert student.load is not None
+    return Config(
+        student=student,
+        teacher=teacher,
+        data=DataConfig(train="data/train.jsonl", max_prompt_length=options.max_prompt_length, long_prompts="skip"),
+        output_dir="runs/planned",
+        guidance=GuidanceConfig(answers="data/teacher_answers.jsonl"),
+        rollout=RolloutConfig(
+            samples_per_prompt=options.samples_per_prompt, max_response_length=options.max_response_length
+        ),
+        tokenizer=TokenizerConfig(kind="huggingface", model=student.load),
+        training=TrainingConfig(global_batch_size=options.global_batch_size),
+    )
+
+
+def _model(name: str) -> ModelConfig:
+    """The model with a place for its weights."""
+    model = find_model(name)
+    return model if model.load is not None else replace(model, load=f"checkpoints/{Path(name).stem}")
+
+
+def _without_defaults(section: Any, cls: type) -> dict[str, Any]:
+    """The fields that differ from their defaults, as YAML has them."""
+    values: dict[str, Any] = {}
+    for field in fields(cls):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            if inner := _without_defaults(value, type(value)):
+                values[field.name] = inner
+        elif value != field.default:
+            values[field.name] = value
+    return values
+
+
+def _table(found: list[Plan]) -> str:
+    rows = [
+        ("", "student", "teacher", "micro-batch", "engine rows", "GB", "step s", "rollout", "teacher", "student",
+         "bubble", "other", "limit")
+    ]  # fmt: skip
+    for number, plan in enumerate(found, start=1):
+        time, training = plan.time, plan.config.training
+        other = time.gradients + time.optimizer + time.transfer + time.refit
+        parts = (plan.peak / 1e9, time.total, time.rollout, time.teacher, time.student, time.bubble, other)
+        rows.append(
+            (
+                str(number),
+                _sizes(plan.sizes[0]),
+                _teacher(plan),
+                f"{training.micro_batch_size}" + " rec." * training.recompute,
+                str(plan.config.rollout.max_batch_size),
+                *(f"{part:.1f}" for part in parts),
+                time.limit,
+            )
+        )
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _sizes(sizes: Sizes) -> str:
+    return f"{sizes.tensor}x{sizes.pipeline}x{sizes.data}"
+
+
+def _teacher(plan: Plan) -> str:
+    parallel = plan.config.parallel
+    if parallel.teacher_schedule == "shared":
+        return "shared"
+    return f"ahead {_sizes(plan.sizes[1])}" + ", on host" * parallel.offload_teacher
+
+
+def _detail(plan: Plan) -> str:
+    kinds = plan.memory
+    rows = [("GB on a rank of", *kinds)]
+    for name in next(iter(kinds.values())).components():
+        rows.append((name.replace("_", " "), *(f"{kind.components()[name] / 1e9:.2f}" for kind in kinds.values())))
+    rows.append(("peak", *(f"{kind.peak / 1e9:.2f}" for kind in kinds.values())))
+    return _aligned(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
