@@ -77,7 +77,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
 def test_every_example_is_valid_for_the_ranks_it_is_written_for(path: Path) -> None:
     config = load_config(path)
     command = "sft" if config.teacher is None else "train"
-    validate(config, 8 if "8gpu" in path.parent.name else 2, command)
+    validate(config, {"qwen3_8gpu": 8, "qwen3_2nodes": 16, "llama3_slurm": 64}.get(path.parent.name, 2), command)
 
 
 def test_unknown_fields_name_the_nearest_valid_one(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def _without_defaults(section: Any, cls: type) -> dict[str, Any]:
 
 
 def _table(found: list[Plan]) -> str:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", "student", "teacher", "micro-batch", "engine rows", "GB", "step s", "rollout", "teacher", "student",
          "bubble", "other", "limit")
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def _teacher(plan: Plan) -> str:
 
 def _detail(plan: Plan) -> str:
     kinds = plan.memory
-    rows = [("GB on a rank of", *kinds)]
+    rows: list[tuple[str, ...]] = [("GB on a rank of", *kinds)]
     for name in next(iter(kinds.values())).components():
         rows.append((name.replace("_", " "), *(f"{kind.components()[name] / 1e9:.2f}" for kind in kinds.values())))
     rows.append(("peak", *(f"{kind.peak / 1e9:.2f}" for kind in kinds.values())))
