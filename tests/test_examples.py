@@ -48,7 +48,8 @@ def test_the_script_starts_as_many_ranks(name: str) -> None:
     ((nodes, per_node),) = re.findall(r"^(?:nodes=(\d+) )?gpus=(\d+)$", text, flags=re.MULTILINE)
     assert int(nodes or 1) * int(per_node) == gpus
     if script.endswith(".sbatch"):
-        assert f"#SBATCH --nodes={nodes}\n" in text and f"#SBATCH --gpus-per-node={per_node}\n" in text
+        for option, size in (("nodes", nodes), ("gpus-per-node", per_node), ("ntasks-per-node", per_node)):
+            assert f"#SBATCH --{option}={size}\n" in text
     subprocess.run(["bash", "-n", str(EXAMPLES / name / script)], check=True)
 
 

@@ -150,3 +150,16 @@ def test_a_model_by_name_folder_or_file(tmp_path) -> None:  # type: ignore[no-un
             find_model(str(path))
     with pytest.raises(ValueError, match="no built-in shape"):
         find_model("gpt5")
+
+
+def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.plan_run import main
+
+    assert main(["--student", "qwen3-8b", "--gpus", "8"]) == 2
+    assert "give --student and --teacher" in capsys.readouterr().err
+    assert main(["--student", "qwen3-8b", "--teacher", "gpt5", "--gpus", "8"]) == 2
+    assert "'gpt5' is no built-in shape" in capsys.readouterr().err
+    assert main(["--student", "llama3-8b", "--teacher", "llama3-70b", "--gpus", "1"]) == 1
+    assert "no layout fits on 1 H100 of 80 GB" in capsys.readouterr().out
+    assert main(["--student", "qwen3-0.6b", "--teacher", "qwen3-1.7b", "--gpus", "2", "--layout", "999"]) == 2
+    assert "--layout 999 is not one of" in capsys.readouterr().err

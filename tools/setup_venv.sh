@@ -8,7 +8,7 @@ venv=${1:-.venv}
 PATH=$(printf %s "$PATH" | sed "s#$PWD/$venv/bin:##g")
 python=$(sh tools/find_python.sh)
 # A container's own pip constraints are about its own packages, which stay as they are in any case.
-export PIP_CONSTRAINT= PIP_DISABLE_PIP_VERSION_CHECK=1
+export PIP_CONSTRAINT='' PIP_DISABLE_PIP_VERSION_CHECK=1
 
 pin() { # the pin of package $1: the version that is already there, else the tested one
     "$python" -c "from importlib.metadata import version; print('$1==' + version('$1'))" 2>/dev/null ||

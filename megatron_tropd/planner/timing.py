@@ -80,10 +80,10 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
     size, batch = config.training.micro_batch_size, config.training.global_batch_size
     passes = 4 if config.training.recompute else 3
     num_student = batch / (size * student.data)
-    one_student = _micro_batch_seconds(config, config.student, student, passes, gpu, assumed)
+    one_student = micro_batch_seconds(config, config.student, student, passes, gpu, assumed)
     one_teacher = 0.0
     if config.teacher is not None:
-        one_teacher = _micro_batch_seconds(config, config.teacher, teacher, 1, gpu, assumed)
+        one_teacher = micro_batch_seconds(config, config.teacher, teacher, 1, gpu, assumed)
     if config.parallel.teacher_schedule == "ahead":
         num_teacher = math.ceil(batch / size / teacher.data)
         bubble = (student.pipeline - 1) * one_student + (teacher.pipeline - 1) * one_teacher
@@ -112,7 +112,7 @@ def forward_flops(model: ModelConfig, *, tokens: float, length: float, head_toke
     return model.num_layers * layer * tokens + 2 * padded_vocabulary(model, 1) * model.hidden_size * head_tokens
 
 
-def _micro_batch_seconds(
+def micro_batch_seconds(
     config: Config, model: ModelConfig, layout: Sizes, passes: int, gpu: Gpu, assumed: Assumptions
 ) -> float:
     """One micro-batch on the slowest stage: ``passes`` times the FLOP of a forward, and its communication."""

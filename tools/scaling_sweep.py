@@ -1,0 +1,232 @@
+"""Predicted step times of one run on 8 to 1024 GPUs: docs/scaling.png, and the tables in docs/scaling.md.
+
+python tools/scaling_sweep.py
+
+Everything here is a prediction of megatron_tropd.planner; no GPU is needed and none has been measured. "Separate" (one
+group of GPUs generates and judges, another trains, one step behind) and CUDA graphs in the engine are what a run could
+gain: the package does not have them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_tropd.config import Config, DataConfig, GuidanceConfig, RolloutConfig, TrainingConfig
+from megatron_tropd.planner.hardware import GPUS, Assumptions, Gpu
+from megatron_tropd.planner.layouts import Plan, plans
+from megatron_tropd.planner.memory import Sizes, element_bytes
+from megatron_tropd.planner.parameters import head_widths, stage_parameters
+from megatron_tropd.planner.shapes import SHAPES
+from megatron_tropd.planner.timing import lengths, micro_batch_seconds, rollout_seconds
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+NUM_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+GPU = GPUS["H100"]
+GRAPHS_OVERHEAD = 20e-6
+"""Assumed seconds a layer and decoded token where CUDA graphs launch the kernels."""
+BEGIN, END = "<!-- sweep: written by tools/scaling_sweep.py -->", "<!-- end of sweep -->"
+
+
+def run(batch: int = 512) -> Config:
+    """Llama-3-8B from Llama-3-70B, prompts of 1024 and responses of 8192 tokens at most."""
+    return Config(
+        student=SHAPES["llama3-8b"],
+        teacher=SHAPES["llama3-70b"],
+        data=DataConfig(train="data/train.jsonl"),
+        output_dir="runs/sweep",
+        guidance=GuidanceConfig(answers="data/teacher_answers.jsonl"),
+        rollout=RolloutConfig(max_response_length=8192),
+        training=TrainingConfig(global_batch_size=batch),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of GPUs; seconds, NaN where nothing fits."""
+
+    num_gpus: int
+    plan: Plan | None
+    separate: float
+    graphs: float
+    separate_graphs: float
+    larger: float
+    """A step of four times the rollouts, divided by four."""
+
+    @property
+    def colocated(self) -> float:
+        """The fastest layout that the package runs."""
+        return math.nan if self.plan is None else self.plan.time.total
+
+
+def row(num_gpus: int) -> Row:
+    """All variants on so many GPUs."""
+    assumed = Assumptions()
+    graphs = replace(assumed, decode_layer_overhead=GRAPHS_OVERHEAD)
+    found = plans(run(), num_gpus, GPU, assumed)
+    return Row(
+        num_gpus,
+        found[0] if found else None,
+        separate_seconds(run(), num_gpus, GPU, assumed),
+        _fastest(run(), num_gpus, graphs),
+        separate_seconds(run(), num_gpus, GPU, graphs),
+        _fastest(run(batch=2048), num_gpus, assumed) / 4,
+    )
+
+
+def _fastest(config: Config, num_gpus: int, assumed: Assumptions) -> float:
+    found = plans(config, num_gpus, GPU, assumed)
+    return found[0].time.total if found else math.nan
+
+
+def latency_floor(assumed: Assumptions) -> float:
+    """Seconds of a step that no number of GPUs removes: launches and collective latencies of the longest response."""
+    config = run()
+    per_layer = assumed.decode_layer_overhead + 2 * assumed.collective_latency
+    return lengths(config, assumed).longest_response * config.student.num_layers * per_layer
+
+
+# ------------------------------------------------------------------------------------------------- separate groups
+
+
+def separate_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """A step where one group generates and judges while another trains on the step before; over the best split.
+
+    Weights go from the training group to the other once a step, hidden states the other way.
+    """
+    best = math.inf
+    for training_gpus in (num_gpus // share for share in (2, 4, 8, 16) if num_gpus % share == 0):
+        train = _training_seconds(config, training_gpus, gpu, assumed)
+        generate = _judged_rollout_seconds(config, num_gpus - training_gpus, gpu, assumed)
+        hidden = config.training.global_batch_size * lengths(config, assumed).response * 2
+        hidden *= config.teacher.hidden_size if config.teacher else 0
+        transfer = hidden / training_gpus / (gpu.network * assumed.network_efficiency)
+        best = min(best, max(train + transfer, generate))
+    return best if best < math.inf else math.nan
+
+
+def _training_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """The student alone; `sft` is the command that trains without a teacher."""
+    alone = replace(config, teacher=None)
+    times = [plan.time for plan in plans(alone, num_gpus, gpu, assumed, command="sft")]
+    return min((time.student + time.bubble + time.gradients + time.optimizer for time in times), default=math.inf)
+
+
+def _judged_rollout_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """Weights received, rollouts, and the teacher's pass on one group, in the best layout of each model."""
+    teacher, batch, e = config.teacher, config.training.global_batch_size, element_bytes(config)
+    assert teacher is not None
+    sized = replace(config, training=replace(config.training, micro_batch_size=1))
+    best = math.inf
+    for own in _layouts(num_gpus, gpu, pipelines=(1, 2, 4, 8)):
+        if teacher.num_layers % own.pipeline:
+            continue
+        teacher_bytes = max(stage_parameters(teacher, own.tensor, own.pipeline)) * e
+        one = micro_batch_seconds(sized, teacher, own, 1, gpu, assumed)
+        judge = (math.ceil(batch / own.data) + own.pipeline - 1) * one
+        for layout in _layouts(num_gpus, gpu, pipelines=(1,)):
+            weights = stage_parameters(config.student, layout.tensor, 1)[0] * e
+            room = gpu.memory - assumed.memory_reserve - teacher_bytes - weights
+            rows = int(room // _row_bytes(config, layout, e))
+            if rows < 1:
+                continue
+            wide = replace(config, rollout=replace(config.rollout, max_batch_size=rows))
+            refit = weights / (gpu.network * assumed.network_efficiency)
+            best = min(best, refit + judge + rollout_seconds(wide, layout, gpu, assumed))
+    return best
+
+
+def _row_bytes(config: Config, layout: Sizes, e: int) -> float:
+    """Keys and values of one sequence at its longest."""
+    _, keys, _ = head_widths(config.student)
+    length = config.data.max_prompt_length + config.rollout.max_response_length
+    return config.student.num_layers * length * 2 * keys / layout.tensor * e
+
+
+def _layouts(num_gpus: int, gpu: Gpu, *, pipelines: tuple[int, ...]) -> Iterator[Sizes]:
+    for tensor in (1, 2, 4, 8):
+        for pipeline in pipelines:
+            if tensor <= gpu.per_node and num_gpus % (tensor * pipeline) == 0:
+                yield Sizes(tensor, pipeline, num_gpus // (tensor * pipeline))
+
+
+# ------------------------------------------------------------------------------------------------------- the output
+
+
+def table_line(found: Row) -> str:
+    """One line of the table in docs/scaling.md."""
+    if found.plan is None:
+        return f"| {found.num_gpus} | does not fit | | | | | | | | | |"
+    student, teacher = found.plan.sizes
+    time, own = found.plan.time, found.plan.config.parallel.teacher_schedule == "ahead"
+    layout = f"{student.tensor}x{student.pipeline}x{student.data}"
+    if own:
+        host = ", on host" * found.plan.config.parallel.offload_teacher
+        layout += f", teacher {teacher.tensor}x{teacher.pipeline}x{teacher.data}{host}"
+    other = time.bubble + time.gradients + time.optimizer + time.transfer
+    seconds = (found.colocated, time.rollout, time.teacher, time.student, other, found.separate, found.graphs,
+               found.separate_graphs, found.larger)  # fmt: skip
+    cells = " | ".join("–" if math.isnan(value) else f"{value:.1f}" for value in seconds)
+    return f"| {found.num_gpus} | {layout} | {cells} |"
+
+
+def table(rows: list[Row]) -> str:
+    """The table of docs/scaling.md."""
+    head = (
+        "| GPUs | layout | step | rollout | teacher | student | other | separate | graphs | separate, graphs | 2048 |"
+    )
+    return "\n".join([head, "|" + "---|" * head.count(" | ") + "---|", *map(table_line, rows)])
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Parts of the step, and the variants, against the number of GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fitting = [(each, each.plan.time) for each in rows if each.plan is not None]
+    gpus = [each.num_gpus for each, _ in fitting]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    names = ("rollout", "teacher", "student", "gradients", "bubble", "transfer")
+    left.stackplot(gpus, *([getattr(time, name) for _, time in fitting] for name in names), labels=names)
+    left.set_title("Predicted parts of a step, colocated")
+    lines = {
+        "colocated (what the package runs)": [each.colocated for each, _ in fitting],
+        "separate groups, one step behind": [each.separate for each, _ in fitting],
+        "colocated, engine with CUDA graphs": [each.graphs for each, _ in fitting],
+        "separate groups, CUDA graphs": [each.separate_graphs for each, _ in fitting],
+        "colocated, 2048 rollouts a step, / 4": [each.larger for each, _ in fitting],
+    }
+    for label, seconds in lines.items():
+        right.plot(gpus, seconds, marker="o", markersize=3, label=label)
+    right.axhline(latency_floor(Assumptions()), color="gray", linestyle=":", label="decode latency alone")
+    right.set_title("Predicted seconds for 512 rollouts")
+    right.set_yscale("log")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(gpus, map(str, gpus))
+        axis.set_xlabel("H100 GPUs")
+        axis.set_ylabel("seconds")
+        axis.legend(fontsize=8)
+    figure.suptitle("Predictions, not measurements: Llama-3-8B from Llama-3-70B, 512 rollouts of up to 8192 tokens")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Compute, plot, and write the table into the document."""
+    rows = [row(num_gpus) for num_gpus in NUM_GPUS]
+    text = table(rows)
+    print(text)
+    plot(rows, DOCS / "scaling.png")
+    document = DOCS / "scaling.md"
+    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
