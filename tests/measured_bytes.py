@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,19 +45,41 @@ def resident_bytes(learner: Learner) -> dict[str, int]:
     }
 
 
-@contextmanager
-def saved_for_backward(*own: torch.Tensor) -> Iterator[list[int]]:
-    """The list gets the bytes that autograd saves inside the block, but for the storages of ``own``."""
-    saved: list[torch.Tensor] = []
+class SavedBytes:
+    """Bytes that autograd holds for backwards, each storage once, but for those of ``own``."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor)
-        return tensor
+    def __init__(self, *own: torch.Tensor):
+        self.peak = 0
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._live: Counter[int] = Counter()
+        self._bytes = 0
 
-    result: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield result
-    result.append(storage_bytes(saved, without=own))
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count what is saved inside the block."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(self, tensor), lambda saved: saved.tensor):
+            yield
+
+    def add(self, storage: torch.UntypedStorage, count: int) -> None:
+        """One more (1) or one less (-1) reference."""
+        pointer = storage.data_ptr()
+        if pointer in self._own:
+            return
+        if self._live[pointer] == 0 or self._live[pointer] + count == 0:
+            self._bytes += count * storage.nbytes()
+        self._live[pointer] += count
+        self.peak = max(self.peak, self._bytes)
+
+
+class _Saved:
+    """A saved tensor; gone when its graph is."""
+
+    def __init__(self, counter: SavedBytes, tensor: torch.Tensor):
+        self.counter, self.tensor = counter, tensor
+        counter.add(tensor.untyped_storage(), 1)
+
+    def __del__(self) -> None:
+        self.counter.add(self.tensor.untyped_storage(), -1)
 
 
 def kv_cache_bytes(learner: Learner, *, rows: int, prompt_length: int, max_response_length: int) -> int:

@@ -44,7 +44,6 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, in
     """Bytes of each component on this rank, and the pipeline stage it belongs to."""
     import torch
 
-    from megatron_tropd.models import build_model
     from tests import measured_bytes, tiny
 
     config = _config(parallel, training)
@@ -59,39 +58,41 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, in
     found["kv_cache"] = measured_bytes.kv_cache_bytes(
         learner, rows=BATCH, prompt_length=PROMPT, max_response_length=RESPONSE
     )
-    model = learner.stage.module
     if config.training.recompute:
-        model = build_model(
-            config.student, layout, vocab_size=tiny.VOCAB_SIZE, max_sequence_length=64, dtype=dtype, seed=1,
-            recompute=True,
-        )  # fmt: skip
-    found["activations"] = _saved_by_one_forward(model, layout, dtype)
+        learner.stage.module.config.recompute_granularity = "full"
+        learner.stage.module.config.recompute_method = "uniform"
+        learner.stage.module.config.recompute_num_layers = 1
+    found["activations"] = _saved_in_a_step(
+        learner, config.training.global_batch_size // config.training.micro_batch_size
+    )
     return found | {"stage": layout.pipeline_rank}
 
 
-def _saved_by_one_forward(model: Any, layout: Any, dtype: Any) -> int:
-    import torch
+def _saved_in_a_step(learner: Any, num_micro_batches: int) -> int:
+    """The most that autograd holds at once during Megatron's schedule, all sequences at their longest."""
+    import numpy as np
 
-    from megatron_tropd.pair import loss_position_hidden
-    from tests import measured_bytes
+    from megatron_tropd.step import forward_backward
+    from megatron_tropd.types import TokenRegion
+    from tests import measured_bytes, tiny
 
     length = PROMPT + RESPONSE
-    tokens_BS = torch.zeros(BATCH, length, dtype=torch.int64)
-    received: list[torch.Tensor] = []
-    if not layout.is_first_stage:
-        rows = length // (layout.tensor_parallel_size if layout.sequence_parallel else 1)
-        received.append(torch.randn(rows, BATCH, model.config.hidden_size, dtype=dtype, requires_grad=True))
-        model.set_input_tensor(received[0])
-    with measured_bytes.saved_for_backward(*model.parameters()) as saved:
-        output = model(
-            tokens_BS,
-            torch.arange(length).expand_as(tokens_BS),
-            attention_mask=None,
-            output_processor=loss_position_hidden,
-            output_processor_context=torch.arange(BATCH * length),
-        )
-    assert output.requires_grad
-    return saved[0]
+    regions = np.repeat([TokenRegion.NONE, TokenRegion.ON_POLICY], [PROMPT, RESPONSE]).astype(np.int64)
+    row = {
+        "tokens": np.full(length, 3),
+        "labels": np.where(regions > 0, 4, 0),
+        "regions": regions,
+        "uniforms": np.full(length, 0.5, dtype=np.float32),
+    }
+    batch = tiny.batch_for_rank(
+        learner.layout,
+        [row] * BATCH * num_micro_batches,
+        num_micro_batches=num_micro_batches // learner.layout.data_parallel_size,
+    )
+    saved = measured_bytes.SavedBytes(*learner.stage.parameters())
+    with saved.watch():
+        forward_backward(learner, batch)
+    return saved.peak
 
 
 def _measure_all(layouts: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, int]]:
@@ -108,14 +109,19 @@ def measured() -> dict[str, list[dict[str, int]]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, int]]]) -> None:
     from megatron_tropd.planner import rank_memory
+    from megatron_tropd.planner.activations import layer_activations
 
     world_size, parallel, training = LAYOUTS[name]
     config = _config(parallel, training)
     kinds = rank_memory(config, world_size, attention="unfused")
     for stage, predicted in enumerate(kinds.values()):
         ranks = [rank for rank in measured[name] if rank["stage"] == stage]
-        # One micro-batch is measured; under 1F1B the first of two stages has two in flight.
-        expected = predicted.components() | {"activations": predicted.activations // (len(kinds) - stage)}
+        expected = predicted.components()
+        if config.training.recompute:
+            # Beside the layers' inputs one layer at a time is whole again, which the planner counts as workspace.
+            expected["activations"] += layer_activations(
+                config.student, 1, BATCH, PROMPT + RESPONSE, 2, "unfused", config.student.hidden_size
+            )
         for component in ("student_weights", "teacher_weights", "gradients", "optimizer", "kv_cache", "activations"):
             # Of data-parallel ranks the fullest counts: the last one's shard of the optimizer ends in padding.
             found = max(rank[component] for rank in ranks)

@@ -39,7 +39,7 @@ def activation_bytes(
     """
     tokens, hidden = batch * length, model.hidden_size // (tensor if sequence_parallel else 1)
     layers = stage_layers(model, pipeline)[stage]
-    per_layer = _layer_activations(model, tensor, batch, length, element, attention, hidden)
+    per_layer = layer_activations(model, tensor, batch, length, element, attention, hidden)
     saved = layers * (tokens * hidden * element if recompute else per_layer)
     if stage == 0:
         saved += tokens * 8
@@ -49,7 +49,7 @@ def activation_bytes(
     return saved
 
 
-def _layer_activations(
+def layer_activations(
     model: ModelConfig, tensor: int, batch: int, length: int, element: int, attention: Attention, hidden: int
 ) -> int:
     """Saved by one layer. The input of a linear layer that follows a norm is the norm's output, counted there."""

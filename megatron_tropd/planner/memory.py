@@ -12,7 +12,7 @@ from functools import partial
 
 from megatron_tropd.config import Config
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes
-from megatron_tropd.planner.activations import Attention, activation_bytes, layer_transient
+from megatron_tropd.planner.activations import Attention, activation_bytes, layer_activations, layer_transient
 from megatron_tropd.planner.parameters import head_widths, padded_vocabulary, stage_layers, stage_parameters
 from megatron_tropd.vocab_parallel.output_head import recommended_chunk_size
 
@@ -171,10 +171,11 @@ class _Rank:
             sequence_parallel=config.parallel.sequence_parallel,
         )
         in_flight = min(training.global_batch_size // (size * sizes.data), sizes.pipeline - self.stage)
-        layers = stage_layers(config.student, sizes.pipeline)[self.stage]
         workspace = layer_transient(config.student, sizes.tensor, size * self.length, e)
         if training.recompute:
-            workspace += one_micro_batch(recompute=False) // max(layers, 1)
+            cut = sizes.tensor if config.parallel.sequence_parallel else 1
+            hidden = config.student.hidden_size // cut
+            workspace += layer_activations(config.student, sizes.tensor, size, self.length, e, self.attention, hidden)
         teacher_weights, teacher_hidden, teacher_pass, teacher_transient = self._teacher_bytes(e)
         head, logits = _head_bytes(config, sizes.tensor, e) if self.is_last else (0, 0)
         kv_cache, prefill = self._rollout_bytes(e)
