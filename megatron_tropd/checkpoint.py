@@ -131,7 +131,7 @@ def _global_bytes(state: ShardedStateDict, layout: Layout) -> int:
 
 
 def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
-    """Restore weights, optimizer and scheduler from one ``step_N`` folder; returns the steps done.
+    """Restore weights, optimizer, scheduler and guard from one ``step_N`` folder; returns the steps done.
 
     Any tensor- and pipeline-parallel layout can load it. Raises CheckpointError for another model, tokenizer or seed.
     """
@@ -142,6 +142,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
     learner.stage.module.load_state_dict(state["model"])
     load_optimizer_state(learner.optimizer, state["optimizer"])
     learner.scheduler.load_state_dict(state["scheduler"])
+    learner.guard.load_state_dict(state.get("guard", {}))  # absent where an older version of this package saved
     return found.step
 
 
@@ -273,7 +274,12 @@ def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
     optimizer = learner.optimizer.sharded_state_dict(
         learner.stage.module.sharded_state_dict(), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
     )
-    return {"model": model, "optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": learner.scheduler.state_dict(),
+        "guard": learner.guard.state_dict(),
+    }
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -241,6 +241,9 @@ class TrainingConfig:
     """Keys initialisation, data order, sampling and the trust gate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 main gradients on GPUs, fp32 on the CPU."""
+    deterministic: bool = False
+    """Deterministic algorithms alone, in torch, cuBLAS, NCCL, Transformer Engine and Megatron: slower, and on GPUs the
+    same run twice gives the same bits, as on the CPU it does anyway."""
     normalization: Literal["tokens", "sequences", "kept"] = "tokens"
     """Denominator of the loss: response positions of the global batch, a mean per sequence, or kept positions."""
     output_head: Literal["fused", "fused-recompute", "logits"] = "fused"
@@ -278,6 +281,26 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What stops a step before the optimizer moves, and what happens then."""
+
+    max_loss_ratio: float | None = None
+    """Refuse a step whose |loss| is more than this times its running median; None: any finite loss is taken."""
+    max_grad_norm_ratio: float | None = None
+    """The same for the gradient norm before clipping."""
+    window: int = 64
+    """Accepted steps that the running medians look back on; the ratios count once half of them are there."""
+    on_refused: Literal["stop", "skip", "rollback"] = "stop"
+    """After a loss or gradient that is not finite or too large: stop the run; leave the weights as they are and go on
+    with the next step; or go back to the newest checkpoint and on from there with the prompts that come next."""
+    max_refused_steps: int = 10
+    """skip, rollback: refused steps of the whole run, restarts included, after which it stops anyway."""
+    replica_check_interval: int = 0
+    """Steps between comparisons of the weights' hashes across data-parallel ranks, and with those after the last
+    update; a difference stops the run and names the rank. 0: never."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -306,6 +329,8 @@ class Config:
     """Optimizer and scheduler."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Length, sizes, bookkeeping."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What stops a step."""
 
 
 _WEIGHTLESS_FIELDS = (

@@ -138,6 +138,11 @@ _LOWEST = {
     "training.keep_every": 0,
     "training.max_log_prob_gap": 0,
     "training.log_rollouts": 0,
+    "guard.max_loss_ratio": 1,
+    "guard.max_grad_norm_ratio": 1,
+    "guard.window": 2,
+    "guard.max_refused_steps": 0,
+    "guard.replica_check_interval": 0,
 }
 
 

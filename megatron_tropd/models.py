@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.determinism import is_deterministic
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.hf_mapping import expert_name
 from megatron_tropd.layer_spec import choose_layer_spec, use_transformer_engine
@@ -138,6 +139,7 @@ def build_transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
+        deterministic_mode=is_deterministic(),
         batch_p2p_comm=not ON_CPU,
     )
 

@@ -21,13 +21,16 @@ from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_parser import save_config
 from megatron_tropd.data import Tokenizer, build_tokenizer, huggingface_fingerprint
+from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
+from megatron_tropd.guard import Guard
 from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
 from megatron_tropd.huggingface import export_huggingface, load_huggingface
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
+from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
 
 # isort: split
@@ -98,6 +101,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     if command in ("train", "sft") and config.training.export_hf:
         export_reference(config, tokenizer)
     tensor_parallel_size, pipeline_parallel_size = layout_sizes(config, command)
+    if config.training.deterministic:
+        enable_determinism()
     layout = distributed.initialize(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
@@ -228,6 +233,8 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
         max_log_prob_gap=config.training.max_log_prob_gap if with_teacher else None,
         vocab_size=min(run.tokenizer.vocab_size, *sizes),
         ahead=ahead,
+        guard=Guard(config.guard),
+        replicas=ReplicaCheck(config.guard.replica_check_interval, run.layout),
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_tropd.determinism import is_deterministic
+
 
 def sample_tokens(
     logits_BV: torch.Tensor, uniforms_B: torch.Tensor, *, temperature: float, top_p: float
@@ -26,7 +28,7 @@ def sample_tokens(
         probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
         if top_p < 1.0:
             probabilities_BV = _nucleus(probabilities_BV, top_p)
-        cdf_BV = probabilities_BV.cumsum(dim=-1)
+        cdf_BV = running_sum(probabilities_BV)
         mass_B1 = cdf_BV[:, -1:]
         # right=True: the first id whose running sum exceeds the threshold, hence an id of positive
         # probability. The clamp matters for rows that are not numbers alone; their log-prob tells.
@@ -41,11 +43,21 @@ def entropies(logits_BV: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(torch.softmax(logits_BV.double(), dim=-1)).sum(dim=-1).float()
 
 
+def running_sum(probabilities_BV: torch.Tensor) -> torch.Tensor:
+    """``cumsum`` over the last dimension of float64 probabilities.
+
+    In deterministic mode in units of 2^-60: torch has no deterministic cumsum of floats on GPUs, and one of integers.
+    """
+    if not is_deterministic():
+        return probabilities_BV.cumsum(dim=-1)
+    return (probabilities_BV * 2.0**60).long().cumsum(dim=-1).double() * 2.0**-60
+
+
 def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero the probabilities outside the smallest set of most probable ids with mass ``top_p``.
 
     Not renormalised.
     """
     descending_BV, ids_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-    mass_before_BV = descending_BV.cumsum(dim=-1) - descending_BV
+    mass_before_BV = running_sum(descending_BV) - descending_BV
     return torch.zeros_like(probabilities_BV).scatter_(1, ids_BV, descending_BV * (mass_before_BV < top_p))

@@ -10,8 +10,8 @@ Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry los
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.ahead import Judged, TeacherAhead
+from megatron_tropd.config import GuardConfig
 from megatron_tropd.distributed import Layout
+from megatron_tropd.guard import Guard, RefusedStepError
 from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
+from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
 
@@ -35,15 +38,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 Normalization = Literal["tokens", "sequences", "kept"]
-
-
-class RefusedStepError(ValueError):
-    """A step that must not move the weights; the optimizer has not moved."""
-
-    def __init__(self, message: str, samples: Sequence[int] = ()):
-        super().__init__(message)
-        self.samples = tuple(samples)
-        """Ids of the samples at fault over all ranks; empty where no single one is."""
 
 
 class NonFiniteError(RefusedStepError):
@@ -72,7 +66,10 @@ class Learner:
     """Tokens of a chunk of the fused heads; None: from the sizes."""
     max_log_prob_gap: float | None = None
     """Largest mean |trainer - engine| log-prob in nats that a step may have; None: any."""
-
+    guard: Guard = field(default_factory=lambda: Guard(GuardConfig()))
+    """Refuses a loss or gradient far above the recent steps'; by default none."""
+    replicas: ReplicaCheck | None = None
+    """Compares the weights of data-parallel replicas before the optimizer moves; None: never."""
     ahead: TeacherAhead | None = None
     """The teacher, where it judges a batch before the student's schedule starts."""
 
@@ -92,7 +89,8 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """Forward, backward and optimizer step on the global batch; returns the step's metrics, equal on every rank.
 
     Raises a RefusedStepError on every rank, before the optimizer moves: NonFiniteError where the loss or a gradient is
-    not finite, LogProbGapError where engine and trainer disagree by more than the learner allows.
+    not finite, ExplodingError where the guard finds it too large, LogProbGapError where engine and trainer disagree by
+    more than the learner allows. Raises ReplicaMismatchError where replicas do not hold the same weights.
     """
     started = perf_counter()
     sums, bad_samples = forward_backward(learner, batch)
@@ -101,9 +99,15 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     _refuse_non_finite(learner, batch, sums, bad_samples)
     metrics = step_metrics(sums)
     _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)
+    if learner.replicas is not None:
+        learner.replicas.before_update(batch.step, learner.stage)
+    if learner.guard.is_active:
+        learner.guard.check(batch.step, *_guarded_numbers(learner, metrics["loss"]))
     _, grad_norm, _ = learner.optimizer.step()
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     learner.scheduler.step(increment=1)
+    if learner.replicas is not None:
+        learner.replicas.after_update(batch.step, learner.stage)
     return {
         **metrics,
         "grad_norm": float(grad_norm),
@@ -239,6 +243,17 @@ def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], b
         "teacher gives a sampled token no mass: use gate=bernoulli, or lower the learning rate.",
         samples,
     )
+
+
+def _guarded_numbers(learner: Learner, loss: float) -> tuple[float, float]:
+    """(|loss|, gradient norm before clipping) with the same bits on every rank."""
+    learner.optimizer.prepare_grads()  # as optimizer.step() does again: nothing moves, nothing is scaled
+    numbers = torch.tensor(
+        [abs(loss), float(learner.optimizer.get_grad_norm())], dtype=torch.float64, device=learner.layout.device
+    )
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    magnitude, grad_norm = numbers.tolist()
+    return magnitude, grad_norm
 
 
 def _refuse_log_prob_gap(step: int, gap: float, limit: float | None) -> None:

@@ -16,6 +16,7 @@ from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_ran
 from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
 from megatron_tropd.data import PromptOrder, read_prompts
 from megatron_tropd.evaluate import Evaluator
+from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.objectives import preset
@@ -23,14 +24,15 @@ from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
 from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
 from megatron_tropd.selection import top_entropy_tokens
-from megatron_tropd.step import Learner, RefusedStepError, train_step
+from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import task_advantages
 from megatron_tropd.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 
-Trajectories = Callable[[int], list[Rollout]]
-"""Step number to this data-parallel rank's trajectories of that step."""
+Trajectories = Callable[[int, int], list[Rollout]]
+"""(step, number of the batch) to this data-parallel rank's trajectories. The step decides what a schedule says, the
+batch which prompts and random draws are next; they differ after a rollback alone."""
 
 
 def train(config: Config) -> None:
@@ -54,10 +56,10 @@ def train(config: Config) -> None:
             with_entropies=objective.entropy_share < 1,
         )
 
-        def generate(step: int) -> list[Rollout]:
+        def generate(step: int, batch: int) -> list[Rollout]:
             requests = build_requests(
-                _prompts_of_step(run, prompts, step, config.rollout.samples_per_prompt),
-                step=step,
+                _prompts_of_batch(run, prompts, batch, config.rollout.samples_per_prompt),
+                step=batch,
                 samples_per_prompt=config.rollout.samples_per_prompt,
                 seed=config.training.seed,
                 store=store,
@@ -82,12 +84,12 @@ def sft(config: Config) -> None:
         prompts = _read_prompts(run, max_answer_length=config.rollout.max_response_length)
         learner = build_learner(run, preset("sft"), with_teacher=False)
 
-        def answers(step: int) -> list[Rollout]:
+        def answers(_step: int, batch: int) -> list[Rollout]:
             rollouts = answers_as_rollouts(
-                _prompts_of_step(run, prompts, step, 1),
+                _prompts_of_batch(run, prompts, batch, 1),
                 encode=run.tokenizer.encode,
                 eos_id=run.tokenizer.eos_id,
-                first_sample_id=step * config.training.global_batch_size,
+                first_sample_id=batch * config.training.global_batch_size,
             )
             lengths = [len(rollout.request.prompt.tokens) + len(rollout.request.prefix) for rollout in rollouts]
             return split_for_rank(
@@ -100,7 +102,8 @@ def sft(config: Config) -> None:
 def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     """Steps from where the run folder stands to ``training.train_iters``, with evaluations, logs and checkpoints.
 
-    After SIGTERM on any rank the step in hand is finished and saved, and the function returns.
+    After SIGTERM on any rank the step in hand is finished and saved, and the function returns. What follows a refused
+    step is ``guard.on_refused``.
     """
     training, layout = run.config.training, run.layout
     first_step = resume(run, learner)
@@ -113,13 +116,22 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
         disable=not layout.is_main,
         unit="step",
     )
-    for step in range(first_step, training.train_iters):
+    step = first_step
+    while step < training.train_iters:
         metrics = evaluator() if _evaluates(training.eval_interval, step) else {}
-        metrics |= _one_step(run, learner, trajectories, step)
+        try:
+            metrics |= _one_step(run, learner, trajectories, step)
+        except RefusedStepError as error:
+            metrics["refused_steps"] = _count_refusal(learner, error)
+            if run.config.guard.on_refused == "rollback":
+                refused_step, step = step, _roll_back(run, learner, step, error)
+                bar.update(step - refused_step)
+                log.close()
+                log = MetricsLog(run.folder, is_main=layout.is_main, first_step=step)
+                continue
         log.write({"step": step, **metrics})
-        bar.set_postfix(
-            {name: f"{metrics[name]:.3g}" for name in ("loss", "grad_norm", "outlier_share")}, refresh=False
-        )
+        shown = [name for name in ("loss", "grad_norm", "outlier_share") if name in metrics]
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
         bar.update()
         stop = run.should_stop()
         done = step + 1
@@ -129,6 +141,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
             log.close()
             logger.warning("SIGTERM: saved after step %d; start again with the same command to continue", step)
             return
+        step = done
     log.write({"step": training.train_iters, **evaluator()})
     bar.close()
     log.close()
@@ -141,7 +154,8 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
 def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int) -> dict[str, float]:
     training, layout = run.config.training, run.layout
     started = perf_counter()
-    rollouts = trajectories(step)
+    batch_index = step + learner.guard.batches_ahead
+    rollouts = trajectories(step, batch_index)
     seconds_rollout = perf_counter() - started
     objective = learner.objective.at(step / training.train_iters)
     selected, extra_metrics = None, {}
@@ -176,7 +190,8 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
     try:
         metrics = train_step(replace(learner, objective=objective), batch)
     except RefusedStepError as error:
-        _write_refused(run, step, [r for r in rollouts if not error.samples or r.request.sample_id in error.samples])
+        name = f"step_{step:06d}_batch_{batch_index:06d}"
+        _write_refused(run, name, [r for r in rollouts if not error.samples or r.request.sample_id in error.samples])
         raise
     seconds = perf_counter() - started
     _write_samples(run, step, rollouts[: training.log_rollouts])
@@ -189,6 +204,34 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         "tokens_per_second": metrics["response_tokens"] / seconds,
         "seconds_rollout": seconds_rollout,
     }
+
+
+def _count_refusal(learner: Learner, error: RefusedStepError) -> float:
+    """Refused steps of the run so far; raises where this one ends it."""
+    if isinstance(error, LogProbGapError):  # no fault of the samples: the next ones would be as wrong
+        raise error
+    learner.guard.count_refusal(error)
+    if learner.layout.is_main:
+        logger.warning("refused (guard.on_refused=%s): %s", learner.guard.config.on_refused, error)
+    return float(learner.guard.num_refused)
+
+
+def _roll_back(run: Run, learner: Learner, step: int, error: RefusedStepError) -> int:
+    """Reload the newest checkpoint, to go on with the prompts after those of the refused step; returns its step.
+
+    A run that dies before the next checkpoint meets the same step, refuses it and rolls back as before.
+    """
+    guard = learner.guard
+    num_refused, next_batch = guard.num_refused, step + guard.batches_ahead + 1
+    steps_done = resume(run, learner)
+    if not steps_done:
+        raise RefusedStepError(
+            f"{error} There is no checkpoint yet to roll back to: lower training.save_interval, or use "
+            "guard.on_refused=skip",
+            error.samples,
+        ) from error
+    guard.num_refused, guard.batches_ahead = num_refused, next_batch - steps_done
+    return steps_done
 
 
 def _evaluates(interval: int, step: int) -> bool:
@@ -223,10 +266,10 @@ def _read_answers(run: Run, prompts: Sequence[Prompt]) -> AnswerStore | None:
     return store
 
 
-def _prompts_of_step(run: Run, prompts: Sequence[Prompt], step: int, samples_per_prompt: int) -> list[Prompt]:
+def _prompts_of_batch(run: Run, prompts: Sequence[Prompt], batch: int, samples_per_prompt: int) -> list[Prompt]:
     count = run.config.training.global_batch_size // samples_per_prompt
     order = PromptOrder(len(prompts), run.config.training.seed)
-    return [prompts[index] for index in order.indices(step * count, count)]
+    return [prompts[index] for index in order.indices(batch * count, count)]
 
 
 def _write_samples(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
@@ -238,14 +281,14 @@ def _write_samples(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
     (folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_refused(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
+def _write_refused(run: Run, name: str, rollouts: Sequence[Rollout]) -> None:
     """The samples of a step that was refused, each by the data-parallel replica that has it."""
     if not run.layout.is_model_replica_leader or not rollouts:
         return
     folder = run.folder / "refused"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(_readable(run, rollout), ensure_ascii=False) for rollout in rollouts]
-    path = folder / f"step_{step:06d}_replica_{run.layout.data_parallel_rank}.jsonl"
+    path = folder / f"{name}_replica_{run.layout.data_parallel_rank}.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config", "draws", "jsonl", "kernels", "loss_report", "report", "sandbox", "types"},
+    {"config", "determinism", "draws", "jsonl", "kernels", "loss_report", "report", "sandbox", "types"},
     {
         "answers",
         "batch",
@@ -17,6 +17,7 @@ LEVELS = [
         "config_parser",
         "cpu",
         "data",
+        "guard",
         "hf_config",
         "hf_mapping",
         "integrity",
@@ -29,7 +30,7 @@ LEVELS = [
     {"bridge", "distributed", "guidance", "hf_files", "vocab_parallel"},
     {"layer_spec"},
     {"huggingface", "metrics", "models", "pair", "planner"},
-    {"ahead", "optimization", "rollout"},
+    {"ahead", "optimization", "replicas", "rollout"},
     {"step"},
     {"checkpoint"},
     {"run"},

@@ -72,7 +72,7 @@ def config_file(folder: Path, inputs: Path, **sections: Any) -> Path:
         },
     }
     for name, section in sections.items():
-        config[name] = {**config[name], **section} if isinstance(section, dict) else section
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

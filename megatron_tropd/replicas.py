@@ -1,0 +1,102 @@
+"""Whether data-parallel replicas still hold the same weights, and which rank is at fault where they do not.
+
+Shape suffixes: ``P`` tensors of this rank's slice, ``D`` data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.distributed import Layout
+
+_CHUNK = 2**22
+_ODD = tuple(constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ReplicaMismatchError(ValueError):
+    """Weights changed where nothing should change them, or differ between replicas; the optimizer has not moved."""
+
+
+def fingerprint(module: torch.nn.Module) -> torch.Tensor:
+    """``[P]`` int64: a hash of the bits of every parameter, in their order, computed where the weights are.
+
+    The sum of SplitMix64's mix of each element's bits and place: whole numbers, so no order of summation matters.
+    """
+    return torch.stack([_hash(parameter.detach()) for parameter in module.parameters()])
+
+
+def _hash(tensor: torch.Tensor) -> torch.Tensor:
+    bits = tensor.contiguous().view(-1).view(_BITS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].long()
+        place = torch.arange(start, start + chunk.numel(), device=tensor.device)
+        mixed = chunk + (place + 1) * _ODD[0]
+        mixed = (mixed ^ (mixed >> 30)) * _ODD[1]
+        mixed = (mixed ^ (mixed >> 27)) * _ODD[2]
+        total += (mixed ^ (mixed >> 31)).sum()
+    return total
+
+
+class ReplicaCheck:
+    """Compares weights every ``interval`` steps (0: never), after the backward and before the optimizer moves.
+
+    Later would be too late: a sharded optimizer overwrites every replica with the shards of all, and a difference is
+    healed or spread. Nothing writes weights between two updates, so a rank whose hash is not the one it had after the
+    last update is at fault; that names it even among two replicas, or without any. Otherwise those in the minority are.
+    """
+
+    def __init__(self, interval: int, layout: Layout):
+        self._interval = interval
+        self._layout = layout
+        self._updated_P: torch.Tensor | None = None
+
+    def before_update(self, step: int, module: torch.nn.Module) -> None:
+        """Raise ReplicaMismatchError on every rank where a rank's weights are not what they should be."""
+        if not self._is_due(step):
+            return
+        found = self._own_fault(module)
+        flag = torch.tensor(float(bool(found)), device=self._layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag:
+            return
+        gathered: list[tuple[str, str]] = [("", "")] * self._layout.world_size
+        dist.all_gather_object(gathered, found or ("", ""))
+        changed = {rank: name for rank, (name, _) in enumerate(gathered) if name}
+        differing = changed or {rank: name for rank, (_, name) in enumerate(gathered) if name}
+        what = "changed since the last optimizer step" if changed else "are not those of the other replicas"
+        ranks = ", ".join(f"rank {rank} (first in {name})" for rank, name in differing.items())
+        raise ReplicaMismatchError(
+            f"step {step}: the weights of {ranks} {what}. The optimizer has not moved and the last checkpoint is intact"
+            ": suspect that machine's memory or device, take it out, and start again with the same command"
+        )
+
+    def after_update(self, step: int, module: torch.nn.Module) -> None:
+        """Remember the weights that the next check has to find."""
+        self._updated_P = fingerprint(module) if self._is_due(step + 1) else None
+
+    def _is_due(self, step: int) -> bool:
+        return bool(self._interval) and step % self._interval == 0
+
+    def _own_fault(self, module: torch.nn.Module) -> tuple[str, str] | None:
+        """(first tensor that changed, first one that is not the majority's) on this rank; "" for none."""
+        names = [name for name, _ in module.named_parameters()]
+        now_P = fingerprint(module)
+        changed = "" if self._updated_P is None else _first_difference(names, now_P, self._updated_P)
+        gathered = [torch.empty_like(now_P) for _ in range(self._layout.data_parallel_size)]
+        dist.all_gather(gathered, now_P, group=self._layout.groups.dp)
+        hashes_D = [tuple(hashes.tolist()) for hashes in gathered]
+        ((most, count), *others) = Counter(hashes_D).most_common()
+        tie = any(other_count == count for _, other_count in others)
+        wanted = next(hashes for hashes in hashes_D if hashes != tuple(now_P.tolist())) if tie and others else most
+        differing = _first_difference(names, now_P, now_P.new_tensor(wanted))
+        return (changed, differing) if changed or differing else None
+
+
+def _first_difference(names: list[str], found_P: torch.Tensor, wanted_P: torch.Tensor) -> str:
+    differing = (found_P != wanted_P).nonzero()
+    return names[int(differing[0])] if len(differing) else ""
