@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.config import ModelConfig, architecture
+from megatron_tropd.config_drift import DriftError, check_drift
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
 from megatron_tropd.optimization import load_optimizer_state
@@ -54,6 +55,9 @@ class Description:
     """Fingerprint of the tokenizer."""
     architecture: dict[str, Any]
     """The fields of ModelConfig that decide shapes and function."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The run's whole config and the hashes of its input files (``config_drift.snapshot``); empty where no run wrote
+    it."""
 
 
 def save_checkpoint(
@@ -130,20 +134,33 @@ def _global_bytes(state: ShardedStateDict, layout: Layout) -> int:
     return int(total)
 
 
-def load_checkpoint(path: Path, learner: Learner, expected: Description) -> int:
+def load_checkpoint(path: Path, learner: Learner, expected: Description, *, allow_config_changes: bool = False) -> int:
     """Restore weights, optimizer, scheduler and guard from one ``step_N`` folder; returns the steps done.
 
-    Any tensor- and pipeline-parallel layout can load it. Raises CheckpointError for another model, tokenizer or seed.
+    Any tensor- and pipeline-parallel layout can load it. Raises CheckpointError for another model or tokenizer and,
+    unless ``allow_config_changes``, for another seed or any other change of the config that may not be.
     """
     _on_main(lambda: verify(path), learner.layout.is_main)
     found = read_description(path)
-    check_same(path, found, replace(expected, step=found.step))
+    knows_config = bool(found.config and expected.config)
+    check_same(path, found, replace(expected, step=found.step, seed=found.seed if knows_config else expected.seed))
+    if knows_config:
+        _show_drift(path, found, expected, allow=allow_config_changes, is_main=learner.layout.is_main)
     state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
     learner.stage.module.load_state_dict(state["model"])
     load_optimizer_state(learner.optimizer, state["optimizer"])
     learner.scheduler.load_state_dict(state["scheduler"])
     learner.guard.load_state_dict(state.get("guard", {}))  # absent where an older version of this package saved
     return found.step
+
+
+def _show_drift(path: Path, found: Description, expected: Description, *, allow: bool, is_main: bool) -> None:
+    try:
+        changes = check_drift(found.config, expected.config, allow=allow)
+    except DriftError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if changes and is_main:
+        logger.warning("the config has changed since %s:\n%s", path.name, "\n".join(f"  {line}" for line in changes))
 
 
 def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:

@@ -269,6 +269,9 @@ class TrainingConfig:
     """Checkpoints of every this many steps are kept besides; 0: none."""
     fall_back: bool = False
     """Where the newest checkpoint is damaged, continue from the newest whole one instead of refusing."""
+    allow_config_changes: bool = False
+    """Resume although the config, or an input file, has changed where that makes it another experiment. What changed is
+    logged."""
     max_log_prob_gap: float | None = None
     """Largest mean |trainer - engine| log-prob of the sampled tokens, in nats, that a step may have; a larger one stops
     the run. None: only logged."""

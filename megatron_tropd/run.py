@@ -7,9 +7,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
+from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_parser import save_config
 from megatron_tropd.data import Tokenizer, build_tokenizer, huggingface_fingerprint
 from megatron_tropd.determinism import enable_determinism
@@ -74,6 +76,11 @@ class Run:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    @cached_property
+    def snapshot(self) -> dict[str, Any]:
+        """The config with the hashes of its input files, as a checkpoint keeps it."""
+        return snapshot(self.config)
+
     def describe(self, step: int) -> Description:
         """What a checkpoint of this run's student at ``step`` is of."""
         return Description(
@@ -82,6 +89,7 @@ class Run:
             vocab_size=vocab_size(self.config.student, self.tokenizer),
             tokenizer=self.tokenizer.fingerprint,
             architecture=architecture(self.config.student),
+            config=self.snapshot,
         )
 
 
@@ -243,7 +251,8 @@ def resume(run: Run, learner: Learner) -> int:
     newest = find_checkpoint(run.checkpoints, fall_back=run.config.training.fall_back, is_main=run.layout.is_main)
     if newest is None:
         return 0
-    step = load_checkpoint(newest, learner, run.describe(0))
+    allow = run.config.training.allow_config_changes
+    step = load_checkpoint(newest, learner, run.describe(0), allow_config_changes=allow)
     if run.layout.is_main:
         logger.info("resumed from %s", newest)
     return step

@@ -14,6 +14,7 @@ LEVELS = [
         "answers",
         "batch",
         "config_checks",
+        "config_drift",
         "config_parser",
         "cpu",
         "data",

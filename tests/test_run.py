@@ -248,9 +248,14 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, d
     other = config_file(tmp_path / "other", data, student={"load": checkpoints}, tokenizer={"alphabet": "=+0123456789"})
     resumed = config_file(tmp_path / "first", data, training={"train_iters": 2, "seed": 5})
     by_width, by_seed = _messages(wider, resumed)
+    forced = config_file(tmp_path / "first", data, training={"train_iters": 2, "seed": 5, "allow_config_changes": True})
+    (by_force,) = _messages(forced)
     (by_tokenizer,) = _messages(other, command="evaluate")
     assert all("ffn_hidden_size: the checkpoint has 48, this run 64" in text for text in by_width)
-    assert all("training.seed: the checkpoint has 1234, this run 5" in text for text in by_seed)
+    for text in by_seed:
+        assert "! training.seed: the checkpoint has 1234, this run 5" in text
+        assert "\n  training.train_iters: the checkpoint has 1, this run 2" in text
+    assert by_force == ["no error"] * 2 and _metrics(tmp_path / "first" / "run")[-1]["step"] == 2
     assert all("trained with another tokenizer" in text for text in by_tokenizer)
 
 
