@@ -11,14 +11,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.config import ModelConfig, architecture
 from megatron_tropd.config_drift import DriftError, check_drift
@@ -26,10 +24,10 @@ from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
 from megatron_tropd.optimization import load_optimizer_state
 from megatron_tropd.step import Learner
+from megatron_tropd.writing import BackgroundWriter, on_main, write_state
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, is_main_replica
 from megatron.core.models.gpt import GPTModel
@@ -61,13 +59,22 @@ class Description:
 
 
 def save_checkpoint(
-    folder: Path, learner: Learner, description: Description, *, keep: int, keep_every: int = 0
+    folder: Path,
+    learner: Learner,
+    description: Description,
+    *,
+    keep: int,
+    keep_every: int = 0,
+    background: BackgroundWriter | None = None,
 ) -> Path:
     """Write ``folder/step_N`` (all ranks call this), move ``latest``, drop all but the newest ``keep`` (0: none).
 
     Steps that ``keep_every`` divides stay. A full disk or a failed write on any rank is a CheckpointError on every one.
-    A crash at any moment leaves the previous ``latest`` valid.
+    A crash at any moment leaves the previous ``latest`` valid. With ``background`` it waits for that writer's earlier
+    checkpoint, if any, and returns while this one is being written: the writer publishes it.
     """
+    if background is not None:
+        background.finish()
     final = folder / f"step_{description.step}"
     temporary = folder / f"step_{description.step}.incomplete"
     is_main = learner.layout.is_main
@@ -76,9 +83,16 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     state = _training_state(learner, is_loading=False)
     num_bytes = _global_bytes(state, learner.layout)
-    _on_main(lambda: require_space(temporary, num_bytes), is_main)
-    _write_state(state, temporary)
-    _on_main(lambda: _publish(temporary, final, description, keep, keep_every), is_main)
+    on_main(lambda: require_space(temporary, num_bytes), is_main)
+
+    def publish() -> None:
+        on_main(lambda: _publish(temporary, final, description, keep, keep_every), is_main)
+
+    if background is not None:
+        background.start(state, temporary, publish)
+        return final
+    write_state(state, temporary)
+    publish()
     return final
 
 
@@ -90,39 +104,6 @@ def _publish(temporary: Path, final: Path, description: Description, keep: int, 
     os.replace(temporary, final)
     write_durably(folder / LATEST, final.name)
     _prune(folder, keep, newest=final, keep_every=keep_every)
-
-
-def _write_state(state: ShardedStateDict, folder: Path) -> None:
-    """Megatron's writers; where a rank cannot write, every rank says which, and nothing stays behind."""
-    failure = ""
-    try:
-        dist_checkpointing.save(state, str(folder))
-    except CheckpointException as error:  # a BaseException, told to rank 0 alone
-        failure = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in sorted(error.failures.items()))
-    except (OSError, RuntimeError, CheckpointingException) as error:
-        failure = f"rank {dist.get_rank()}: {error}"
-    failures: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, " ".join(failure.split())[:500])
-    if any(failures):
-        free = shutil.disk_usage(folder.parent).free
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder} could not be written ({'; '.join(text for text in failures if text)}; {free / 1e9:,.1f} GB are "
-            "free there): free some space, or save elsewhere, and try again; older checkpoints are intact"
-        )
-
-
-def _on_main(action: Callable[[], None], is_main: bool) -> None:
-    """Run ``action`` on rank 0; its failure is a CheckpointError on every rank."""
-    failure = ""
-    if is_main:
-        try:
-            action()
-        except (OSError, CheckpointError) as error:
-            failure = str(error)
-    if failure := from_main(failure):
-        raise CheckpointError(failure)
 
 
 def _global_bytes(state: ShardedStateDict, layout: Layout) -> int:
@@ -140,7 +121,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description, *, allo
     Any tensor- and pipeline-parallel layout can load it. Raises CheckpointError for another model or tokenizer and,
     unless ``allow_config_changes``, for another seed or any other change of the config that may not be.
     """
-    _on_main(lambda: verify(path), learner.layout.is_main)
+    on_main(lambda: verify(path), learner.layout.is_main)
     found = read_description(path)
     knows_config = bool(found.config and expected.config)
     check_same(path, found, replace(expected, step=found.step, seed=found.seed if knows_config else expected.seed))
@@ -166,7 +147,7 @@ def _show_drift(path: Path, found: Description, expected: Description, *, allow:
 def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:
     """Fill ``model`` from a checkpoint (``step_N``, or a folder with ``latest``), whatever layout wrote it."""
     path = resolve(path)
-    _on_main(lambda: verify(path), dist.get_rank() == 0)
+    on_main(lambda: verify(path), dist.get_rank() == 0)
     found = read_description(path)
     expected = Description(found.step, found.seed, vocab_size, tokenizer, architecture(config))
     check_same(path, found, expected)
@@ -181,7 +162,7 @@ def save_weights(path: Path, model: GPTModel, layout: Layout, description: Descr
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    _write_state({"model": model.sharded_state_dict()}, temporary)
+    write_state({"model": model.sharded_state_dict()}, temporary)
     if layout.is_main:
         write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
         seal(temporary)
@@ -199,7 +180,7 @@ def find_checkpoint(folder: Path, *, fall_back: bool, is_main: bool) -> Path | N
     """Where a run continues, as rank 0 sees it: what ``latest`` names, or with ``fall_back`` the newest whole one."""
     found: list[Path | None] = []
     search = newest_whole_checkpoint if fall_back else latest_checkpoint
-    _on_main(lambda: found.append(search(folder)), is_main)
+    on_main(lambda: found.append(search(folder)), is_main)
     return from_main(found[0] if found else None)
 
 

@@ -263,6 +263,9 @@ class TrainingConfig:
     """Held-out prompts per evaluation."""
     save_interval: int = 50
     """Steps between checkpoints; the last step and SIGTERM always save."""
+    async_save: bool = False
+    """Write checkpoints in the background, one at a time, while training goes on; each is published when all of it is
+    on the disk."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
     keep_every: int = 0

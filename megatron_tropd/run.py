@@ -34,6 +34,7 @@ from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_d
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
+from megatron_tropd.writing import BackgroundWriter
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -51,6 +52,11 @@ class Run:
     folder: Path
     stop_requested: bool = False
     """SIGTERM has arrived on this rank."""
+
+    @cached_property
+    def background(self) -> BackgroundWriter | None:
+        """Writes checkpoints while training goes on; None with ``training.async_save=false``."""
+        return BackgroundWriter() if self.config.training.async_save else None
 
     @property
     def checkpoints(self) -> Path:
@@ -248,6 +254,8 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
 
 def resume(run: Run, learner: Learner) -> int:
     """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run)."""
+    if run.background is not None:
+        run.background.finish()
     newest = find_checkpoint(run.checkpoints, fall_back=run.config.training.fall_back, is_main=run.layout.is_main)
     if newest is None:
         return 0
@@ -259,10 +267,15 @@ def resume(run: Run, learner: Learner) -> int:
 
 
 def save(run: Run, learner: Learner, step: int) -> None:
-    """Checkpoint of ``step`` steps done."""
+    """Checkpoint of ``step`` steps done; with ``training.async_save`` only begun."""
     training = run.config.training
     save_checkpoint(
-        run.checkpoints, learner, run.describe(step), keep=training.keep_checkpoints, keep_every=training.keep_every
+        run.checkpoints,
+        learner,
+        run.describe(step),
+        keep=training.keep_checkpoints,
+        keep_every=training.keep_every,
+        background=run.background,
     )
 
 

@@ -133,10 +133,14 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
         shown = [name for name in ("loss", "grad_norm", "outlier_share") if name in metrics]
         bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
         bar.update()
+        if run.background is not None:
+            run.background.poll()
         stop = run.should_stop()
         done = step + 1
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
             save(run, learner, done)
+            if run.background is not None and (stop or done == training.train_iters):
+                run.background.finish()
         if stop:
             log.close()
             logger.warning("SIGTERM: saved after step %d; start again with the same command to continue", step)
