@@ -90,8 +90,8 @@ class ParallelConfig:
     """teacher_schedule=ahead: where hidden states wait, on the device or in pinned host memory."""
     offload_teacher: bool = False
     """teacher_schedule=ahead: the teacher's layers are in host memory but for the time of a pass."""
-    distributed_timeout_minutes: int = 30
-    """A collective that waits longer than this ends the job."""
+    distributed_timeout_minutes: float = 30.0
+    """Where ranks wait longer than this for one that hangs, the job ends and names it."""
 
 
 @dataclass(frozen=True)

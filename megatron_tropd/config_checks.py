@@ -125,7 +125,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 _LOWEST = {
-    "parallel.distributed_timeout_minutes": 1,
+    "parallel.distributed_timeout_minutes": 0.05,
     "optimizer.lr": 0,
     "optimizer.min_lr": 0,
     "optimizer.lr_warmup_iters": 0,

@@ -15,8 +15,8 @@ from megatron_tropd.config import Config
 
 _LAYOUT = ("make_vocab_size_divisible_by", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _BOOKKEEPING = (
-    "train_iters", "micro_batch_size", "micro_batch_tokens", "output_head", "head_chunk_size", "recompute", "deterministic", "eval_interval",
-    "eval_samples", "save_interval", "async_save", "keep_checkpoints", "keep_every", "fall_back",
+    "train_iters", "micro_batch_size", "output_head", "head_chunk_size", "recompute", "deterministic", "eval_interval",
+    "eval_samples", "save_interval", "micro_batch_tokens", "async_save", "keep_checkpoints", "keep_every", "fall_back",
     "allow_config_changes", "max_log_prob_gap", "export_hf", "log_rollouts",
 )  # fmt: skip
 MAY_CHANGE = frozenset(

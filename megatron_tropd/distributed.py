@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_tropd import cpu
 
@@ -76,13 +77,14 @@ def initialize(
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
     seed: int,
-    timeout_minutes: int,
+    timeout_minutes: float,
     sequence_parallel: bool = False,
 ) -> Layout:
     """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them a single
-    process forms a group of its own.
+    process forms a group of its own. Groups wait a minute longer than ``timeout_minutes``: the watchdog, which can name
+    who is missing, speaks first.
     """
     if "RANK" not in os.environ:
         # Port 0: the store binds a free port, so two runs on one machine do not meet.
@@ -91,8 +93,9 @@ def initialize(
     if not ON_CPU:
         torch.cuda.set_device(device)
     owns_world = not dist.is_initialized()
+    timeout_minutes += 1
     if owns_world:
-        dist.init_process_group("gloo" if ON_CPU else "nccl", timeout=timedelta(minutes=timeout_minutes))
+        _start_world(timedelta(minutes=timeout_minutes))
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
@@ -101,6 +104,18 @@ def initialize(
         )
     seed_everything(seed)
     return _current_layout(device, owns_world, sequence_parallel)
+
+
+def _start_world(timeout: timedelta) -> None:
+    """``init_process_group`` with keys of this start alone.
+
+    torchrun keeps its store over ``--max-restarts``, and with it the addresses of ranks that are gone: a rank that
+    looks before the new address is there would try to reach a dead one.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo" if ON_CPU else "nccl", store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def world_size() -> int:
@@ -127,7 +142,7 @@ def _current_layout(device: torch.device, owns_world: bool, sequence_parallel: b
 
 
 def another_layout(
-    first: Layout, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, timeout_minutes: int
+    first: Layout, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, timeout_minutes: float
 ) -> Layout:
     """A second layout over the same ranks, for a model of its own; work on it inside `active`.
 
@@ -138,7 +153,7 @@ def another_layout(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
-            distributed_timeout_minutes=timeout_minutes,
+            distributed_timeout_minutes=timeout_minutes + 1,
         )
         sequence_parallel = first.sequence_parallel and tensor_model_parallel_size > 1
         return _current_layout(first.device, owns_world=False, sequence_parallel=sequence_parallel)

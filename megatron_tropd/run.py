@@ -34,6 +34,7 @@ from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_d
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
+from megatron_tropd.watchdog import Watchdog
 from megatron_tropd.writing import BackgroundWriter
 
 # isort: split
@@ -130,12 +131,15 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         run.stop_requested = True
 
     previous = signal.signal(signal.SIGTERM, request_stop)
+    watchdog = Watchdog(layout, timeout_seconds=60 * config.parallel.distributed_timeout_minutes)
+    watchdog.start()
     try:
         if layout.is_main:
             run.folder.mkdir(parents=True, exist_ok=True)
             save_config(config, run.folder / "config.yaml")
         yield run
     finally:
+        watchdog.stop()
         signal.signal(signal.SIGTERM, previous)
         distributed.finish(layout)
 

@@ -31,7 +31,7 @@ LEVELS = [
     {"bridge", "distributed", "guidance", "hf_files", "vocab_parallel"},
     {"layer_spec"},
     {"huggingface", "metrics", "models", "pair", "planner"},
-    {"ahead", "optimization", "replicas", "rollout", "writing"},
+    {"ahead", "optimization", "replicas", "rollout", "watchdog", "writing"},
     {"step"},
     {"checkpoint"},
     {"run"},

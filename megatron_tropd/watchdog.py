@@ -1,0 +1,162 @@
+"""Ends the whole job where a rank hangs, and names it: a thread on every rank that reports through the store.
+
+Each rank tells how many operations it has begun in each process group. A group in which some ranks have begun one that
+others have not, with no change for the whole timeout, is waiting for those others; of them, the ones that are not ahead
+of anyone elsewhere wait for nobody and are at fault. So is a rank whose thread itself has fallen silent (a process that
+is stopped or swapped out). Counting operations works where they run on the device and no stack shows who waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tropd.distributed import Layout
+
+EXIT_CODE = 75
+"""Of a job that was ended because a rank hung: EX_TEMPFAIL, try again."""
+_VERDICT = "megatron_tropd/watchdog/verdict"
+_REPORT = "megatron_tropd/watchdog/rank/"
+
+Counts = Mapping[str, int]
+"""Operations begun by one rank, by name of the process group."""
+
+
+def find_hung(counts: Sequence[Counts], stuck: frozenset[str]) -> list[int]:
+    """Ranks that the waiting ones wait for: behind in a ``stuck`` group, and ahead of nobody in any of those.
+
+    Where each one behind is ahead elsewhere, all those behind.
+    """
+    behind, ahead = set(), set()
+    for name in stuck:
+        members = {rank: count[name] for rank, count in enumerate(counts) if name in count}
+        behind |= {rank for rank, number in members.items() if number < max(members.values())}
+        ahead |= {rank for rank, number in members.items() if number > min(members.values())}
+    return sorted(behind - ahead or behind)
+
+
+class Watchdog:
+    """``start()`` once the process groups stand, ``stop()`` at the end; ends this process where the job hangs."""
+
+    def __init__(self, layout: Layout, *, timeout_seconds: float):
+        self._layout = layout
+        self._timeout = timeout_seconds
+        self._interval = min(timeout_seconds / 10, 5.0)
+        # A connection of its own: the main thread may hold the other one's lock while it waits.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        # Point-to-point messages count differently along a pipeline.
+        self._ignored = {dist.distributed_c10d._get_process_group_name(layout.groups.pp)}
+        self._main_thread = threading.main_thread().ident
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._since: dict[str, tuple[Any, float]] = {}
+
+    def start(self) -> None:
+        """Begin to report and to listen; rank 0 and the last rank also judge."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This rank is done and no longer expected to make progress."""
+        self._stopping.set()
+        self._thread.join()
+        with contextlib.suppress(dist.DistError):  # the process with the store may have left first
+            self._report(done=True)
+
+    def _watch(self) -> None:
+        # Without the store there is nobody to tell, and the process groups fail on their own.
+        with contextlib.suppress(dist.DistError):
+            self._report_and_judge()
+
+    def _report_and_judge(self) -> None:
+        is_judge = self._layout.rank in (0, self._layout.world_size - 1)
+        while not self._stopping.wait(self._interval):
+            self._report()
+            if self._store.check([_VERDICT]):
+                self._end(json.loads(self._store.get(_VERDICT)))
+            if is_judge and (verdict := self._judge()):
+                self._store.set(_VERDICT, json.dumps(verdict))
+                self._end(verdict)
+
+    def _report(self, *, done: bool = False) -> None:
+        groups = [] if done else list(dist.distributed_c10d._world.pg_names.items())
+        counts = {
+            name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            for group, name in groups
+            if name not in self._ignored
+        }
+        report = {"time": time.time(), "counts": counts, "where": "" if done else self._where(), "done": done}
+        self._store.set(f"{_REPORT}{self._layout.rank}", json.dumps(report))
+
+    def _where(self) -> str:
+        """The main thread's line in this package, and its innermost one."""
+        frame = sys._current_frames().get(self._main_thread or 0)
+        lines = []
+        while frame is not None:
+            lines.append((frame.f_globals.get("__name__", ""), frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        own = next((line for line in lines if line[0].startswith("megatron_tropd.")), None)
+        shown = dict.fromkeys(line for line in (own, lines[0] if lines else None) if line is not None)
+        return " > ".join(f"{code.co_name} ({Path(code.co_filename).name}:{number})" for _, code, number in shown)
+
+    def _judge(self) -> dict[str, Any] | None:
+        keys = [f"{_REPORT}{rank}" for rank in range(self._layout.world_size)]
+        if not self._store.check(keys):
+            return None  # somebody has not started yet: that is the process groups' timeout
+        reports = [json.loads(self._store.get(key)) for key in keys]
+        counts = [report["counts"] for report in reports]
+        silent = [
+            rank
+            for rank, report in enumerate(reports)
+            if not report["done"] and self._is_stuck(f"rank {rank}", report["time"])
+        ]
+        names = {name for count in counts for name in count}
+        numbers = {name: [count.get(name) for count in counts] for name in names}
+        unequal = [name for name in names if len({number for number in numbers[name] if number is not None}) > 1]
+        for name in set(self._since) & names - set(unequal):
+            del self._since[name]
+        stuck = frozenset(name for name in unequal if self._is_stuck(name, numbers[name]))
+        if hung := silent or find_hung(counts, stuck):
+            return {"ranks": hung, "silent": bool(silent), "where": [reports[rank]["where"] for rank in hung]}
+        return None
+
+    def _is_stuck(self, name: str, value: Any) -> bool:
+        """Whether ``value`` has been seen unchanged for the whole timeout."""
+        known, since = self._since.get(name, (None, 0.0))
+        if known != value:
+            self._since[name] = (value, time.monotonic())
+            return False
+        return time.monotonic() - since >= self._timeout
+
+    def _end(self, verdict: dict[str, Any]) -> None:
+        if self._stopping.is_set():
+            return
+        hung = self._layout.rank in verdict["ranks"]
+        if hung or self._layout.rank == min(set(range(self._layout.world_size)) - set(verdict["ranks"]), default=0):
+            places = "; ".join(
+                f"rank {rank}{f' in {where}' if where else ''}"
+                for rank, where in zip(verdict["ranks"], verdict["where"], strict=True)
+            )
+            doing = "sent no sign of life" if verdict["silent"] else "did not join the operation that others wait in"
+            print(
+                f"error: hung: {places} {doing} for {self._timeout:g} s (parallel.distributed_timeout_minutes). Every "
+                "rank ends; the last checkpoint is intact, start again with the same command (torchrun --max-restarts "
+                "does)",
+                file=sys.stderr,
+                flush=True,
+            )
+        if hung:
+            faulthandler.dump_traceback(all_threads=True)
+        for child in multiprocessing.active_children():  # Megatron's writers would stay behind
+            child.kill()
+        os._exit(EXIT_CODE)
