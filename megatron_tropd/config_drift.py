@@ -78,7 +78,7 @@ def check_drift(before: Mapping[str, Any], after: Mapping[str, Any], *, allow: b
     """The diff to show; DriftError where something changed that may not, unless ``allow``."""
     try:
         allowed, refused = compare(before, after)
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DriftError(
             f"the config stored in the checkpoint is damaged ({error!r}); use another checkpoint"
         ) from error

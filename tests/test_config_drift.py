@@ -87,8 +87,8 @@ def test_defaults_written_out_and_fields_of_another_version_are_no_change(config
     assert compare(before, _with(before, "training.field_of_tomorrow", 1)) == ([], [])
 
 
-@pytest.mark.parametrize("damaged", [{"student": {}}, {"student": {"num_attention_heads": 0}}, {"files": 3}])
-def test_a_damaged_config_is_an_error_that_says_so(config: Config, damaged: dict[str, Any]) -> None:
+@pytest.mark.parametrize("damaged", [{"student": {}}, {"student": {"num_attention_heads": 0}}, {"files": 3}, "text"])
+def test_a_damaged_config_is_an_error_that_says_so(config: Config, damaged: Any) -> None:
     before = snapshot(config)
     with pytest.raises(DriftError, match="damaged"):
-        check_drift({**before, **damaged}, before, allow=False)
+        check_drift({**before, **damaged} if isinstance(damaged, dict) else damaged, before, allow=False)

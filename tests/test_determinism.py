@@ -65,6 +65,7 @@ def _train(config: str) -> dict[str, Any]:
     return {**found, "torch": torch.are_deterministic_algorithms_enabled(), "nccl": os.environ.get("NCCL_ALGO")}
 
 
+@pytest.mark.slow
 def test_a_run_in_deterministic_mode_twice(tmp_path: Path, data: Path) -> None:
     training = {"train_iters": 2, "deterministic": True}
     tp2, top_p = {"tensor_model_parallel_size": 2}, {"top_p": 0.9}

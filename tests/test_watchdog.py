@@ -79,7 +79,7 @@ def _torchrun(folder: Path, config: Path, what: str, *options: str) -> tuple[sub
 @pytest.mark.parametrize(
     ("what", "tp", "place"),
     [
-        ("sleep", 1, "did not join"),
+        pytest.param("sleep", 1, "did not join", marks=pytest.mark.slow),
         ("sleep", 2, "did not join"),
         pytest.param("stop", 2, "no sign of life", marks=pytest.mark.slow),  # torchrun waits 30 s for what is stopped
     ],
