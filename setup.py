@@ -35,6 +35,8 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.0"],
         "data": ["sentencepiece>=0.2"],
         "hf": ["safetensors>=0.5", "tokenizers>=0.21", "transformers>=4.51"],
+        "mlflow": ["mlflow-skinny>=3"],
+        "wandb": ["wandb>=0.20"],
         # What tools/bench_loss.py measures beside ours. Give pip -c constraints.txt, so that nothing replaces torch.
         "bench": ["liger-kernel>=0.8", "nvidia-modelopt>=0.47", "requests", "trl>=1.16"],
         "dev": [

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import sys
-import warnings
 
+from megatron_tropd import console
 from megatron_tropd.config import Config, ConfigError
 from megatron_tropd.config_parser import build_parser, load_config
 
@@ -50,7 +49,8 @@ def main(arguments: list[str]) -> int:
     if "--dry-run" in rest:
         return _dry_run(command, rest)
     try:
-        config = load_config(rest[0], rest[1:])
+        overrides = ["--monitoring.profile=true" if option == "--profile" else option for option in rest[1:]]
+        config = load_config(rest[0], overrides)
         _run(command, config)
     except ValueError as error:
         return _refuse(error)
@@ -65,7 +65,7 @@ def _dry_run(command: str, arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if command != "train" or not rest or (options.world_size is not None and options.world_size < 1):
         parser.error("it needs `train`, a config, and at least one process")
-    _quiet_libraries()
+    console.set_up(0, verbose=False)
     try:
         config = load_config(rest[0], rest[1:])
     except ConfigError as error:
@@ -75,18 +75,9 @@ def _dry_run(command: str, arguments: list[str]) -> int:
 
 
 def _run(command: str, config: Config) -> None:
-    _quiet_libraries()
-    logger = logging.getLogger("megatron_tropd")
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    console.set_up(int(os.environ.get("RANK", "0")), verbose=config.monitoring.verbose)
     module, function, _ = COMMANDS[command]
     getattr(importlib.import_module(module), function)(config)
-
-
-def _quiet_libraries() -> None:
-    """Megatron and torch warn, on every rank and at import, about choices that this package has made."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 def _refuse(error: ValueError) -> int:

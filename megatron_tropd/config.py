@@ -307,6 +307,32 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class MonitoringConfig:
+    """What a run tells about itself, beside metrics.jsonl and TensorBoard."""
+
+    log_interval: int = 10
+    """Steps between comparisons of the ranks (slowest rank and highest memory of every phase); 0: none."""
+    verbose: bool = False
+    """Show the warnings and messages of Megatron, torch and other libraries, on every rank."""
+    profile: bool = False
+    """Profile some steps with PyTorch's profiler: traces in <output_dir>/profile. `--profile` is short for it."""
+    profile_step_start: int = 10
+    """First step to profile, from 0; the first steps of a run are slower than the others."""
+    profile_step_end: int = 12
+    """First step that is not profiled any more."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks to profile."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases too (needs the `wandb` extra)."""
+    wandb_entity: str | None = None
+    """User or team of the project; None: the account's default."""
+    mlflow_experiment: str | None = None
+    """Log to this experiment of MLflow too (needs the `mlflow` extra)."""
+    mlflow_tracking_uri: str | None = None
+    """Where MLflow is; None: what MLFLOW_TRACKING_URI says."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -337,6 +363,8 @@ class Config:
     """Length, sizes, bookkeeping."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What stops a step."""
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    """Logs, profiles, trackers."""
 
 
 _WEIGHTLESS_FIELDS = (

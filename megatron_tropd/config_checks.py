@@ -37,6 +37,7 @@ def validate(config: Config, world_size: int, command: str) -> None:
         f"`{command}` needs a teacher: add a teacher section with its architecture and load",
     )
     _check_rollout(config)
+    _check_profile(config, world_size)
     if command in ("train", "sft"):
         _require(
             config.student.num_moe_experts is None or tp == 1 or parallel.sequence_parallel,
@@ -143,6 +144,8 @@ _LOWEST = {
     "guard.window": 2,
     "guard.max_refused_steps": 0,
     "guard.replica_check_interval": 0,
+    "monitoring.log_interval": 0,
+    "monitoring.profile_step_start": 0,
 }
 
 
@@ -247,6 +250,21 @@ def _check_rollout(config: Config) -> None:
     for name in ("samples_per_prompt", "max_response_length", "max_batch_size"):
         _require(getattr(rollout, name) >= 1, f"rollout.{name} must be at least 1, found {getattr(rollout, name)}")
     _require(config.data.max_prompt_length >= 1, "data.max_prompt_length must be at least 1")
+
+
+def _check_profile(config: Config, world_size: int) -> None:
+    monitoring = config.monitoring
+    start, end = monitoring.profile_step_start, monitoring.profile_step_end
+    _require(
+        start < end,
+        f"monitoring.profile_step_end {end} must be above monitoring.profile_step_start {start}: it is the first step "
+        "that is not profiled",
+    )
+    absent = [rank for rank in monitoring.profile_ranks if not 0 <= rank < world_size]
+    _require(
+        not (monitoring.profile and absent),
+        f"monitoring.profile_ranks names {absent}, and there are only the ranks 0 to {world_size - 1}: correct it",
+    )
 
 
 def _check_training(config: Config, dp: int, command: str) -> None:

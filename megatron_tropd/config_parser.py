@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_tropd.config import Config, ConfigError, ModelConfig
+from megatron_tropd.redaction import redacted
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 NO_TEACHER = "--teacher=null"
@@ -82,8 +83,11 @@ def _refuse_null(section: Any, prefix: str, where: str) -> None:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the whole tree, defaults included, as YAML that ``load_config`` reads back to an equal config."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write the whole tree, defaults included, as YAML that ``load_config`` reads back to an equal config.
+
+    Equal but for secrets, such as a password in a URL: they are left out.
+    """
+    path.write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def field_names(cls: type = Config, prefix: str = "") -> Iterator[str]:

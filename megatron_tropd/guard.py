@@ -17,6 +17,9 @@ from megatron_tropd.config import GuardConfig
 class RefusedStepError(ValueError):
     """A step that must not move the weights; the optimizer has not moved."""
 
+    outcome = "refused step"
+    """How the run's exit report calls it."""
+
     def __init__(self, message: str, samples: Sequence[int] = ()):
         super().__init__(message)
         self.samples = tuple(samples)

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_tropd.distributed import Layout
 from megatron_tropd.objectives import k2, k3
 from megatron_tropd.report import read_metrics
+from megatron_tropd.trackers import Tracker
 from megatron_tropd.types import Batch, MicroBatch, Rollout, TokenRegion
 
 SUM_NAMES = (
@@ -173,10 +174,14 @@ def padding_share(rollouts: Sequence[Rollout], batch: Batch, layout: Layout) -> 
 
 
 class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard of a run; writes on rank 0, does nothing elsewhere."""
+    """``metrics.jsonl``, TensorBoard and trackers of a run; writes on rank 0, does nothing elsewhere."""
 
-    def __init__(self, folder: Path, *, is_main: bool, first_step: int):
-        """Open the log to continue at ``first_step``: lines of steps that will be run again are dropped."""
+    def __init__(self, folder: Path, *, is_main: bool, first_step: int, trackers: Sequence[Tracker] = ()):
+        """Open the log to continue at ``first_step``: lines of steps that will be run again are dropped.
+
+        ``trackers`` get every value that TensorBoard gets; who opened them closes them.
+        """
+        self._trackers = trackers
         self._path = folder / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
         if is_main:
@@ -191,9 +196,17 @@ class MetricsLog:
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, values["step"])
+        self.write_scalars(values["step"], values)
+
+    def write_scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """To TensorBoard and the trackers, not to ``metrics.jsonl``: what differs between equal runs, such as times."""
+        numbers = {name: v for name, v in values.items() if name != "step" and isinstance(v, int | float)}
+        if self._writer is None or not numbers:
+            return
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, {name: float(value) for name, value in numbers.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Flush TensorBoard."""

@@ -29,11 +29,13 @@ from megatron_tropd.guard import Guard
 from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
 from megatron_tropd.huggingface import export_huggingface, load_huggingface
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
+from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
+from megatron_tropd.trackers import require_trackers
 from megatron_tropd.watchdog import Watchdog
 from megatron_tropd.writing import BackgroundWriter
 
@@ -51,6 +53,7 @@ class Run:
     layout: Layout
     tokenizer: Tokenizer
     folder: Path
+    monitor: Monitor
     stop_requested: bool = False
     """SIGTERM has arrived on this rank."""
 
@@ -112,6 +115,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     A config or tokenizer error is raised on every rank before any group exists.
     """
     validate(config, distributed.world_size(), command)
+    require_trackers(config)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
     if command in ("train", "sft") and config.training.export_hf:
         export_reference(config, tokenizer)
@@ -125,7 +129,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         sequence_parallel=config.parallel.sequence_parallel and tensor_parallel_size > 1,
     )
-    run = Run(config, layout, tokenizer, Path(config.output_dir))
+    folder = Path(config.output_dir)
+    run = Run(config, layout, tokenizer, folder, Monitor(config, layout, folder, command))
 
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
         run.stop_requested = True
@@ -134,10 +139,10 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     watchdog = Watchdog(layout, timeout_seconds=60 * config.parallel.distributed_timeout_minutes)
     watchdog.start()
     try:
-        if layout.is_main:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, run.folder / "config.yaml")
-        yield run
+        with run.monitor:
+            if layout.is_main:
+                save_config(config, run.folder / "config.yaml")
+            yield run
     finally:
         watchdog.stop()
         signal.signal(signal.SIGTERM, previous)
@@ -253,6 +258,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
         ahead=ahead,
         guard=Guard(config.guard),
         replicas=ReplicaCheck(config.guard.replica_check_interval, run.layout),
+        phases=run.monitor.phases,
     )
 
 
@@ -265,6 +271,7 @@ def resume(run: Run, learner: Learner) -> int:
         return 0
     allow = run.config.training.allow_config_changes
     step = load_checkpoint(newest, learner, run.describe(0), allow_config_changes=allow)
+    run.monitor.journal.steps_done = step
     if run.layout.is_main:
         logger.info("resumed from %s", newest)
     return step

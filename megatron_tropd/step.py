@@ -27,6 +27,7 @@ from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
+from megatron_tropd.phases import Phases
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
@@ -70,6 +71,8 @@ class Learner:
     """Refuses a loss or gradient far above the recent steps'; by default none."""
     replicas: ReplicaCheck | None = None
     """Compares the weights of data-parallel replicas before the optimizer moves; None: never."""
+    phases: Phases = field(default_factory=Phases)
+    """The clock that `schedule` and `optimizer` are taken with."""
     ahead: TeacherAhead | None = None
     """The teacher, where it judges a batch before the student's schedule starts."""
 
@@ -93,9 +96,12 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     more than the learner allows. Raises ReplicaMismatchError where replicas do not hold the same weights.
     """
     started = perf_counter()
+    learner.phases.begin("schedule")
     sums, bad_samples = forward_backward(learner, batch)
     teacher_seconds = learner.stage.pop_teacher_seconds() if learner.ahead is None else learner.ahead.seconds
     scheduled = perf_counter()
+    learner.phases.add("teacher", teacher_seconds)
+    learner.phases.begin("optimizer")
     _refuse_non_finite(learner, batch, sums, bad_samples)
     metrics = step_metrics(sums)
     _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)

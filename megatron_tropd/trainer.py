@@ -107,7 +107,9 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     """
     training, layout = run.config.training, run.layout
     first_step = resume(run, learner)
-    log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step)
+    monitor = run.monitor
+    trackers = monitor.open_trackers(run.config, run.folder)
+    log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)
     evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size)
     bar = tqdm(
         total=training.train_iters,
@@ -118,7 +120,8 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     )
     step = first_step
     while step < training.train_iters:
-        metrics = evaluator() if _evaluates(training.eval_interval, step) else {}
+        monitor.begin_step(step)
+        metrics = _evaluate(run, evaluator) if _evaluates(training.eval_interval, step) else {}
         try:
             metrics |= _one_step(run, learner, trajectories, step)
         except RefusedStepError as error:
@@ -127,7 +130,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
                 refused_step, step = step, _roll_back(run, learner, step, error)
                 bar.update(step - refused_step)
                 log.close()
-                log = MetricsLog(run.folder, is_main=layout.is_main, first_step=step)
+                log = MetricsLog(run.folder, is_main=layout.is_main, first_step=step, trackers=trackers)
                 continue
         log.write({"step": step, **metrics})
         shown = [name for name in ("loss", "grad_norm", "outlier_share") if name in metrics]
@@ -138,15 +141,18 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
         stop = run.should_stop()
         done = step + 1
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
+            monitor.phases.begin("save")
             save(run, learner, done)
             if run.background is not None and (stop or done == training.train_iters):
                 run.background.finish()
+        log.write_scalars(step, monitor.end_step(metrics))
         if stop:
+            monitor.journal.outcome = "sigterm"
             log.close()
             logger.warning("SIGTERM: saved after step %d; start again with the same command to continue", step)
             return
         step = done
-    log.write({"step": training.train_iters, **evaluator()})
+    log.write({"step": training.train_iters, **_evaluate(run, evaluator)})
     bar.close()
     log.close()
     if training.export_hf:
@@ -155,11 +161,19 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
         plot_runs({learner.objective.name: run.folder}, run.folder / "report" / "training.png")
 
 
+def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
+    run.monitor.phases.begin("evaluate")
+    return evaluator()
+
+
 def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int) -> dict[str, float]:
     training, layout = run.config.training, run.layout
     started = perf_counter()
+    phases = run.monitor.phases
+    phases.begin("rollout")
     batch_index = step + learner.guard.batches_ahead
     rollouts = trajectories(step, batch_index)
+    phases.begin("batch")
     seconds_rollout = perf_counter() - started
     objective = learner.objective.at(step / training.train_iters)
     selected, extra_metrics = None, {}
@@ -198,6 +212,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         _write_refused(run, name, [r for r in rollouts if not error.samples or r.request.sample_id in error.samples])
         raise
     seconds = perf_counter() - started
+    phases.begin("log")
     _write_samples(run, step, rollouts[: training.log_rollouts])
     return {
         **metrics,

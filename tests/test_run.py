@@ -144,6 +144,10 @@ def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Pa
     assert max(line["log_prob_gap_max"] for line in metrics[:-1]) < 1e-4
 
 
+def _exit_report(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / "logs" / f"rank_{rank}.exit.json").read_text())
+
+
 def _start(path: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_tropd", "train", str(path), *overrides],
@@ -168,6 +172,9 @@ def test_sigterm_saves_a_checkpoint_and_exits_0(tmp_path: Path, data: Path) -> N
     steps_done = metrics.read_text().count("\n")
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps_done}"
     assert "SIGTERM: saved" in output
+    report = _exit_report(tmp_path / "run", rank=0)
+    assert (report["outcome"], report["error"], report["steps_done"]) == ("sigterm", None, steps_done)
+    assert f"sigterm: {steps_done} of 10000 steps in" in output
 
 
 def test_what_a_user_got_wrong_is_one_line_and_exit_2(tmp_path: Path, data: Path) -> None:
@@ -231,6 +238,11 @@ def test_inputs_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, data: 
     paths = [config_file(tmp_path / str(index), data, **sections) for index, sections in enumerate(cases.values())]
     for message, both in zip(cases, _messages(*paths), strict=True):
         assert all(message in text for text in both), (message, both)
+    for rank in range(2):
+        report = _exit_report(tmp_path / "0" / "run", rank)
+        assert (report["outcome"], report["error"]) == ("error", "DataError")
+        assert "prompts.jsonl:2: not valid JSON" in report["message"]
+    assert not (tmp_path / "7" / "run").exists()  # refused before anything started: nothing but the message
 
 
 def test_a_store_of_another_teacher_is_refused_on_every_rank_and_left_alone(tmp_path: Path, data: Path) -> None:
@@ -271,6 +283,10 @@ def test_an_engine_that_disagrees_with_the_trainer_stops_the_run_and_the_samples
     kept = [json.loads(line) for file in (tmp_path / "run" / "refused").iterdir() for line in file.open()]
     assert sorted(sample["sample_id"] for sample in kept) == list(range(16))
     assert not (tmp_path / "run" / "checkpoints").exists()
+    for rank in range(2):
+        report = _exit_report(tmp_path / "run", rank)
+        assert (report["outcome"], report["error"], report["step"]) == ("refused step", "LogProbGapError", 0)
+        assert (report["phase"], report["steps_done"]) == ("optimizer", 0) and wanted in report["message"]
 
 
 def _teach_answer_distil_evaluate(folder: str, paths: dict[str, str]) -> dict[str, Any]:
