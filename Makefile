@@ -2,9 +2,11 @@
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 REAL := .venv/.demo-real
+TRACKERS := .venv/.trackers
+AUDIT := .venv/audit/bin/pip-audit
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-real test slow faults lint types check clean
+.PHONY: help setup demo demo-real test slow faults soak audit lint types check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -30,11 +32,29 @@ demo-real: $(REAL)  ## distil SmolLM2-135M-Instruct into 12 of its layers, from 
 test: $(READY)  ## the whole test suite but the slow part
 	@$(PYTHON) -m pytest
 
-slow: $(REAL)  ## the slow part of the test suite
+$(TRACKERS): $(READY) constraints.txt
+	@PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip install --quiet wandb mlflow-skinny
+	@touch $(TRACKERS)
+
+slow: $(REAL) $(TRACKERS)  ## the slow part of the test suite
 	@$(PYTHON) -m pytest -m slow
 
 faults: $(READY)  ## kill ranks at random moments, TRIALS=50 times; every restart must end bit for bit the same
 	@PYTHONPATH=. $(PYTHON) tools/faults.py --trials=$(or $(TRIALS),50)
+
+soak: $(READY)  ## 2,000 small steps with restarts: memory, file handles and step time into benchmarks/soak.md
+	@$(PYTHON) tools/soak.py --out=benchmarks/soak.md
+
+# In an environment of its own: what it needs is none of the package's business.
+$(AUDIT): $(READY) constraints.txt
+	@$(PYTHON) -m venv .venv/audit
+	@PIP_CONSTRAINT= .venv/audit/bin/python -m pip install --quiet $$(grep -E '^pip-audit==' constraints.txt)
+
+# --strict: a pin that could not be looked up is a failure, never a clean bill.
+audit: $(AUDIT)  ## known vulnerabilities of the versions in constraints.txt (asks the package index's advisories)
+	@$(AUDIT) --strict --no-deps --disable-pip --progress-spinner=off -r constraints.txt || { \
+	echo "audit: not passed. 'could not be audited' means that this machine does not reach the advisories: nothing was" \
+	"checked; run it where they can be reached. Otherwise raise the pins named above." >&2; exit 1; }
 
 lint: $(READY)  ## ruff: rules and formatting
 	@$(PYTHON) -m ruff check .
