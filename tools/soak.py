@@ -123,11 +123,12 @@ def run_until_done(config: Path, folder: Path, restart_seconds: float) -> int:
                 for rank in ranks:
                     end_group(rank.pid)  # what a killed rank has started goes on without it
         codes = [rank.wait(120) for rank in ranks]
+        # First this: a rank that has written its report may still be hit on its way out.
+        if report.exists() and json.loads(report.read_text())["outcome"] == "finished":
+            return starts
         if any(code not in (0, -signal.SIGKILL) for code in codes):
             ends = [path.read_text() for path in sorted((folder / "logs").glob("rank_*.exit.json"))]
             raise SystemExit(f"start {starts} ended with {codes}: {' '.join(ends)}")
-        if report.exists() and json.loads(report.read_text())["outcome"] == "finished":
-            return starts
 
 
 def stretches(log: Path, num_warm_up: int) -> list[list[dict[str, Any]]]:
