@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from megatron_tropd.config import GuardConfig
+from megatron_tropd.config_watch import GuardConfig
 
 
 class RefusedStepError(ValueError):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.ahead import Judged, TeacherAhead
-from megatron_tropd.config import GuardConfig
+from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.guard import Guard, RefusedStepError
 from megatron_tropd.loss_report import LossReport

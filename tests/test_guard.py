@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tropd.config import GuardConfig
+from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.guard import ExplodingError, Guard
 from tests import test_run
 from tests.ranks import run_ranks

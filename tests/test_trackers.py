@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd import trackers
-from megatron_tropd.config import ConfigError, MonitoringConfig
+from megatron_tropd.config import ConfigError
 from megatron_tropd.config_parser import load_config
+from megatron_tropd.config_watch import MonitoringConfig
 from tests.test_observability import PLANTED, SECRETS, URI
 from tests.test_run import REPOSITORY, config_file, data
 
