@@ -131,6 +131,8 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description, *, allo
     learner.stage.module.load_state_dict(state["model"])
     load_optimizer_state(learner.optimizer, state["optimizer"])
     learner.scheduler.load_state_dict(state["scheduler"])
+    if learner.replicas is not None:
+        learner.replicas.forget()
     learner.guard.load_state_dict(state.get("guard", {}))  # absent where an older version of this package saved
     return found.step
 

@@ -79,6 +79,10 @@ class ReplicaCheck:
         """Remember the weights that the next check has to find."""
         self._updated_P = fingerprint(module) if self._is_due(step + 1) else None
 
+    def forget(self) -> None:
+        """Weights have been loaded: the next check compares replicas alone."""
+        self._updated_P = None
+
     def _is_due(self, step: int) -> bool:
         return bool(self._interval) and step % self._interval == 0
 

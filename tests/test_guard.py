@@ -95,7 +95,7 @@ def _train(configs: list[str], die_after: int | None = None) -> list[dict[str, A
 
 def _config(folder: Path, inputs: Path, layout: str, **guard: Any) -> str:
     """A run whose gradient norms, which scatter as those of small batches do, cross the limit every few steps."""
-    guard = {"max_grad_norm_ratio": RATIO, "window": 4, **guard}
+    guard = {"max_grad_norm_ratio": RATIO, "window": 4, "replica_check_interval": 1, **guard}
     sections = {"parallel": LAYOUTS[layout], "training": TRAINING, "guidance": {"schedule": "none"}}
     return str(config_file(folder, inputs, **sections, guard=guard))
 
