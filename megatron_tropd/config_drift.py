@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         "parallel",
         "optimizer",
         "guard",
+        "monitoring",
         "data.validation",
         "rollout.max_batch_size",
         "student.load",
@@ -110,6 +111,7 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
+        value = list(value) if isinstance(value, tuple) else value  # as it comes back from a checkpoint's JSON
         result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return result
 
