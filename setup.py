@@ -37,10 +37,14 @@ setup(
         "hf": ["safetensors>=0.5", "tokenizers>=0.21", "transformers>=4.51"],
         "mlflow": ["mlflow-skinny>=3"],
         "wandb": ["wandb>=0.20"],
+        # The verifier `math` (with the ANTLR runtime its parser is generated for).
+        "eval": ["math-verify>=0.8", "antlr4-python3-runtime==4.13.2"],
         # What tools/bench_loss.py measures beside ours. Give pip -c constraints.txt, so that nothing replaces torch.
         "bench": ["liger-kernel>=0.8", "nvidia-modelopt>=0.47", "requests", "trl>=1.16"],
         "dev": [
+            "antlr4-python3-runtime==4.13.2",
             "hypothesis",
+            "math-verify",
             "mypy",
             "pytest",
             "pytest-timeout",

@@ -15,7 +15,11 @@ COMMANDS = {
     "train": ("megatron_tropd.trainer", "train", "distil the teacher into the student"),
     "sft": ("megatron_tropd.trainer", "sft", "train the student on the reference answers of data.train"),
     "generate": ("megatron_tropd.generate", "generate", "let the teacher answer data.train, for guidance"),
-    "evaluate": ("megatron_tropd.evaluate", "evaluate", "greedy accuracy of the student on data.validation"),
+    "evaluate": (
+        "megatron_tropd.evaluate",
+        "evaluate",
+        "judge the student's responses to data.validation and evaluation.files",
+    ),
 }
 """Name to (module, function, one line of help). Modules are imported only when their command runs."""
 

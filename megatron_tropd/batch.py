@@ -123,14 +123,15 @@ def answers_as_rollouts(
 ) -> list[Rollout]:
     """Reference answers as trajectories that are all prefix, so that SFT is guidance alone.
 
-    Each prefix is the encoded answer and the end token; the response is empty. Sample ids count from
+    Each prefix is the encoded solution (else answer) and the end token; the response is empty. Sample ids count from
     ``first_sample_id``. Raises ValueError for a prompt without a reference answer.
     """
     rollouts = []
     for index, prompt in enumerate(prompts):
-        if not prompt.answer:
+        answer = prompt.solution or prompt.answer
+        if not answer:
             raise ValueError(f"prompt {prompt.id!r} has no reference answer: SFT needs one for every prompt")
-        request = RolloutRequest(first_sample_id + index, prompt, (*encode(prompt.answer), eos_id))
+        request = RolloutRequest(first_sample_id + index, prompt, (*encode(answer), eos_id))
         rollouts.append(Rollout(request, response=(), log_probs=(), finished=True))
     return rollouts
 

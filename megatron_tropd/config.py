@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from megatron_tropd.config_watch import GuardConfig, MonitoringConfig
+from megatron_tropd.config_watch import EvaluationConfig, GuardConfig, MonitoringConfig
 
 Schedule = Literal["none", "half-cosine", "quarter-cosine", "linear", "exponential", "constant"]
 
@@ -110,7 +110,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where prompts come from. Files are JSONL: {"prompt": str, "answer": str (optional), "id": str (optional)}."""
+    """Where prompts come from. Files are JSONL: {"prompt": str, "answer": str (optional), "id": str (optional)}, and
+    what the line's verifier needs (docs/evaluation.md)."""
 
     train: str
     """JSONL of training prompts."""
@@ -120,6 +121,15 @@ class DataConfig:
     """Token budget of a prompt."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
     """A longer prompt is an error, or is skipped and counted."""
+    verifier: Literal["exact", "number", "math", "choice", "python"] = "exact"
+    """What judges a response where the line has no "verifier" of its own: the same text, the same number, LaTeX maths
+    (math-verify), the same letter, or a program that passes the line's "tests"."""
+    prompt_key: str = "prompt"
+    """Key of the prompt in every line ("problem", "question" in public sets)."""
+    answer_key: str = "answer"
+    """Key of the reference answer."""
+    prompt_template: str = "{prompt}"
+    """The text the model is given; {prompt} stands for the line's prompt (with its choices listed below it)."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +196,8 @@ class ObjectiveOptions:
     """Guidance tokens: -log pi_S(x); forward_kl (tropd-exact) over the full vocabulary; divergence (gkd and the other
     exact objectives): the one that on-policy tokens take."""
     task_reward: float | None = None
-    """Coefficient of a task advantage on on-policy tokens: exact match of a sample with its prompt's answer, less the
-    mean over the prompt's samples; 0: none."""
+    """Coefficient of a task advantage on on-policy tokens: the verifier's score of a sample less the mean over the
+    prompt's samples; 0: none."""
     importance_cap: float | None = None
     """Weigh on-policy tokens by min(trainer / engine probability, cap); None: no weights."""
     renormalize: Literal["none", "teacher", "both"] | None = None
@@ -262,7 +272,7 @@ class TrainingConfig:
     eval_interval: int = 0
     """Steps between held-out evaluations; 0: only at the end."""
     eval_samples: int = 256
-    """Held-out prompts per evaluation."""
+    """Held-out prompts of each file per evaluation during training (`evaluate` takes all)."""
     save_interval: int = 50
     """Steps between checkpoints; the last step and SIGTERM always save."""
     async_save: bool = False
@@ -309,6 +319,8 @@ class Config:
     """Teacher prefixes."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Generation."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out evaluation."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Text to ids."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

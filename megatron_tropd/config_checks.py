@@ -6,6 +6,7 @@ import difflib
 import math
 from contextvars import ContextVar
 from dataclasses import is_dataclass
+from pathlib import Path
 
 from megatron_tropd.config import OBJECTIVES, Config, ConfigError, ModelConfig, resolved_schedule
 
@@ -38,6 +39,7 @@ def validate(config: Config, world_size: int, command: str) -> None:
     )
     _check_rollout(config)
     _check_profile(config, world_size)
+    _check_evaluation(config)
     if command in ("train", "sft"):
         _require(
             config.student.num_moe_experts is None or tp == 1 or parallel.sequence_parallel,
@@ -49,7 +51,8 @@ def validate(config: Config, world_size: int, command: str) -> None:
         _check_guidance(config, command)
     if command == "evaluate":
         _require(
-            config.data.validation is not None, "`evaluate` needs data.validation, a JSONL of prompts with answers"
+            config.data.validation is not None or len(config.evaluation.files) > 0,
+            "`evaluate` needs data.validation or evaluation.files, JSONL of prompts with answers",
         )
 
 
@@ -132,6 +135,9 @@ _LOWEST = {
     "optimizer.lr_warmup_iters": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_grad": 0,
+    "evaluation.num_samples": 1,
+    "evaluation.temperature": 0,
+    "evaluation.program_memory_mb": 64,
     "training.eval_interval": 0,
     "training.eval_samples": 1,
     "training.save_interval": 0,
@@ -264,6 +270,34 @@ def _check_profile(config: Config, world_size: int) -> None:
     _require(
         not (monitoring.profile and absent),
         f"monitoring.profile_ranks names {absent}, and there are only the ranks 0 to {world_size - 1}: correct it",
+    )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation, names = config.evaluation, [Path(file).stem for file in config.evaluation.files]
+    _require(
+        evaluation.num_samples == 1 or evaluation.temperature > 0,
+        f"evaluation.num_samples {evaluation.num_samples} at temperature 0 would be the same response every time: set "
+        "evaluation.temperature (0.6 is usual), or num_samples=1",
+    )
+    _require(0 < evaluation.top_p <= 1, f"evaluation.top_p must be in (0, 1], found {evaluation.top_p}")
+    _require(evaluation.program_seconds > 0, "evaluation.program_seconds must be above 0")
+    for k in evaluation.pass_at:
+        _require(
+            1 <= k <= evaluation.num_samples,
+            f"evaluation.pass_at {k} needs 1 <= k <= evaluation.num_samples {evaluation.num_samples}",
+        )
+    budget, longest = evaluation.max_response_length, config.rollout.max_response_length
+    _require(
+        budget is None or 1 <= budget <= longest,
+        f"evaluation.max_response_length {budget} must be between 1 and rollout.max_response_length {longest}, which "
+        "the models are built for",
+    )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    _require(not repeated, f"evaluation.files has two files named {repeated}: their metrics would collide; rename one")
+    _require(
+        config.data.prompt_template.count("{prompt}") == 1,
+        f"data.prompt_template must contain {{prompt}} once, found {config.data.prompt_template!r}",
     )
 
 

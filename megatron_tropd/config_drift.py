@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         "parallel",
         "optimizer",
         "guard",
+        "evaluation",
         "monitoring",
         "data.validation",
         "rollout.max_batch_size",

@@ -18,6 +18,7 @@ import torch
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.jsonl import DataError, kind_of, read_objects
 from megatron_tropd.types import Prompt
+from megatron_tropd.verify import VERIFIERS
 
 PAD_ID = 0
 EOS_ID = 1
@@ -200,6 +201,16 @@ def build_tokenizer(
     return SentencePieceTokenizer(model) if kind == "sentencepiece" else HuggingFaceTokenizer(model)
 
 
+@dataclass(frozen=True)
+class LineFormat:
+    """How a line of a prompt file becomes a prompt: the fields of the same name in the config's data section."""
+
+    verifier: str = "exact"
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    prompt_template: str = "{prompt}"
+
+
 def read_prompts(
     path: str | Path,
     tokenizer: Tokenizer,
@@ -207,12 +218,14 @@ def read_prompts(
     long_prompts: Literal["refuse", "skip"],
     *,
     max_answer_length: int | None = None,
+    line_format: LineFormat | None = None,
 ) -> tuple[list[Prompt], int]:
     """Prompts of a JSONL file, in its order, and how many were skipped for their length.
 
-    A line is ``{"prompt": str, "answer": str (optional), "id": str (optional: the line number)}``; other keys
-    are ignored. Lengths are in tokens. ``long_prompts`` says whether a line over budget is refused or skipped
-    and counted. With ``max_answer_length`` (what SFT trains on) every line needs an answer, of at most that
+    A line is ``{"prompt": str, "answer": str (optional), "id": str (optional: the line number)}``, with ``verifier``,
+    ``choices`` (a list), ``tests`` and ``solution`` where a task has them; other keys are ignored. ``line_format`` says
+    how a line is read. Lengths are in tokens. ``long_prompts`` says whether a line over budget is refused or skipped
+    and counted. With ``max_answer_length`` (what SFT trains on) every line needs an answer or solution, of at most that
     many tokens with its end token. Raises DataError with file and line for anything else, and for a file with
     no prompt to use.
     """
@@ -221,7 +234,7 @@ def read_prompts(
     num_skipped = 0
     for number, line in read_objects(path):
         where = f"{path}:{number}"
-        prompt = _parse_prompt(line, where, number, tokenizer)
+        prompt = _parse_prompt(line, where, number, tokenizer, line_format or LineFormat())
         if prompt.id in lines_of_ids:
             raise DataError(f"{where}: id {prompt.id!r} is taken by line {lines_of_ids[prompt.id]}: ids must differ")
         lines_of_ids[prompt.id] = number
@@ -261,24 +274,47 @@ def _epoch_permutation(seed: int, epoch: int, num_prompts: int) -> list[int]:
     return torch.argsort(keys, stable=True).tolist()
 
 
-def _parse_prompt(line: dict[str, Any], where: str, number: int, tokenizer: Tokenizer) -> Prompt:
-    text = _string(line, "prompt", where, default="")
+def _parse_prompt(
+    line: dict[str, Any], where: str, number: int, tokenizer: Tokenizer, line_format: LineFormat
+) -> Prompt:
+    text = _string(line, line_format.prompt_key, where, default="")
     if not text.strip():
-        state = "is empty" if "prompt" in line else "is missing"
-        raise DataError(f'{where}: "prompt" {state}: every line needs a text under that key')
+        state = "is empty" if line_format.prompt_key in line else "is missing"
+        raise DataError(f'{where}: "{line_format.prompt_key}" {state}: every line needs a text under that key')
     identifier = _string(line, "id", where, default=str(number))
     if not identifier:
         raise DataError(f'{where}: "id" is empty: leave it out (the line number is taken) or give one')
-    answer = _string(line, "answer", where, default="")
+    verifier = _string(line, "verifier", where, default=line_format.verifier)
+    if verifier not in VERIFIERS:
+        raise DataError(f"{where}: verifier {verifier!r} is unknown: {', '.join(VERIFIERS)}")
+    answer = line.get(line_format.answer_key)
+    if verifier in ("number", "math") and type(answer) is int:
+        line = {**line, line_format.answer_key: str(answer)}  # as AIME files have it
+    answer = _string(line, line_format.answer_key, where, default="")
+    solution = _string(line, "solution", where, default="")
+    details: dict[str, Any] = {}
+    if "choices" in line:
+        choices = _choices(line["choices"], where)
+        text = "\n".join([text, "", *(f"{chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))])
+        details["num_choices"] = len(choices)
+    if "tests" in line:
+        details["tests"] = _string(line, "tests", where, default="")
+    text = line_format.prompt_template.replace("{prompt}", text)
     try:
         tokens = tokenizer.encode(text)
         # A reference answer that the tokenizer cannot express can be neither learned nor met.
-        tokenizer.encode(answer)
+        tokenizer.encode(solution or answer)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     if not tokens:
         raise DataError(f'{where}: "prompt" {text!r} has no tokens under this tokenizer: remove the line')
-    return Prompt(id=identifier, text=text, tokens=tuple(tokens), answer=answer)
+    return Prompt(identifier, text, tuple(tokens), answer, verifier, solution, details)
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or not 2 <= len(value) <= 26:
+        raise DataError(f'{where}: "choices" must be a list of 2 to 26 strings, found {kind_of(value)}')
+    return [_string({"choices": choice}, "choices", where, default="") for choice in value]
 
 
 def _string(line: dict[str, Any], key: str, where: str, *, default: str) -> str:
@@ -299,9 +335,9 @@ def _over_budget(
         return f"the prompt has {num_tokens} tokens, the budget (data.max_prompt_length) is {max_prompt_length}"
     if max_answer_length is None:
         return ""
-    if not prompt.answer:
+    if not (prompt.solution or prompt.answer):
         raise DataError(f'{where}: "answer" is missing or empty: training on reference answers needs one on every line')
-    answer_length = len(tokenizer.encode(prompt.answer)) + 1
+    answer_length = len(tokenizer.encode(prompt.solution or prompt.answer)) + 1
     if answer_length > max_answer_length:
         return f"the answer has {answer_length} tokens with its end token, the budget is {max_answer_length}"
     return ""

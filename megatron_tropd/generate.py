@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerHeader, AnswerWriter
 from megatron_tropd.config import Config, architecture
-from megatron_tropd.data import read_prompts
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.rollout import RolloutEngine, build_engine
-from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
+from megatron_tropd.run import Run, load_teacher, open_run, read_prompt_file, vocab_size
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest
 
 
@@ -27,9 +26,7 @@ def generate(config: Config) -> None:
     left unfinished is continued; a finished one is left as it is.
     """
     with open_run(config, "generate") as run:
-        prompts, _ = read_prompts(
-            config.data.train, run.tokenizer, config.data.max_prompt_length, config.data.long_prompts
-        )
+        prompts, _ = read_prompt_file(run, config.data.train)
         writer = _open_store(run)
         with writer or nullcontext():
             waiting = _unanswered(prompts, writer)

@@ -18,6 +18,8 @@ _MIN_LENGTH = 6
 
 _WORDS = r"(?:api_?key|access_?key|private_?key|secret|token|password|passwd|passphrase|pwd|credentials?|auth)"
 _NAME = re.compile(rf"(?i)password|passwd|secret|(?:^|[_\-.])(?:key|{_WORDS})(?:$|[_\-.])")
+_HARMLESS = ("prompt_key", "answer_key")
+"""Fields of this package's config that name the keys of a data file."""
 _ASSIGNMENT = re.compile(
     rf"(?i)((?<![a-z0-9])(?:[a-z0-9]+[_\-.])*{_WORDS}(?:[_\-.][a-z0-9]+)*[\"']?\s*[=:]\s*[\"']?)(?!//)([^\s\"',;&}}\]]+)"
 )
@@ -27,7 +29,7 @@ _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[a-z0-9._~+/=\-]{6,}")
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable or field of this name holds a secret: ``HF_TOKEN`` does, ``tokens_per_second`` does not."""
-    return _NAME.search(name) is not None
+    return name not in _HARMLESS and _NAME.search(name) is not None
 
 
 def redact(text: str) -> str:

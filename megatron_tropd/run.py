@@ -22,7 +22,7 @@ from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_parser import save_config
-from megatron_tropd.data import Tokenizer, build_tokenizer, huggingface_fingerprint
+from megatron_tropd.data import LineFormat, Tokenizer, build_tokenizer, huggingface_fingerprint, read_prompts
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.guard import Guard
@@ -36,6 +36,7 @@ from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
 from megatron_tropd.trackers import require_trackers
+from megatron_tropd.types import Prompt
 from megatron_tropd.watchdog import Watchdog
 from megatron_tropd.writing import BackgroundWriter
 
@@ -147,6 +148,19 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         watchdog.stop()
         signal.signal(signal.SIGTERM, previous)
         distributed.finish(layout)
+
+
+def read_prompt_file(run: Run, path: str, *, max_answer_length: int | None = None) -> tuple[list[Prompt], int]:
+    """Prompts of a file as the data section says, and how many were skipped for their length (``read_prompts``)."""
+    data = run.config.data
+    return read_prompts(
+        path,
+        run.tokenizer,
+        data.max_prompt_length,
+        data.long_prompts,
+        max_answer_length=max_answer_length,
+        line_format=LineFormat(data.verifier, data.prompt_key, data.answer_key, data.prompt_template),
+    )
 
 
 def load_student(run: Run) -> GPTModel:

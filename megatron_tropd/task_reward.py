@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from megatron_tropd.types import Rollout
-from megatron_tropd.verify import is_correct
+from megatron_tropd.types import Prompt, Rollout
+from megatron_tropd.verify import VerifierOptions, check_task, verify
 
 
 def task_advantages(
@@ -18,16 +18,16 @@ def task_advantages(
     eos_id: int,
     samples_per_prompt: int,
     coefficient: float,
+    options: VerifierOptions | None = None,
     group: dist.ProcessGroup,
 ) -> tuple[dict[int, float], float]:
-    """``coefficient`` times (right or not, less the mean of its prompt's samples) by sample id; and the share right.
+    """``coefficient`` times (the verifier's score, less the mean of its prompt's samples) by sample id; the mean score.
 
-    A sample is right where `verify.is_correct` says so of prefix + response without the end token. The samples of a
+    The verifier judges prefix + response without the end token. The samples of a
     prompt may be on several of the data-parallel ranks in ``group``: their verdicts travel, the rollouts do not. Not
-    divided by a standard deviation, which would weigh prompts by how often they are solved. A prompt without a
-    reference answer is never right, so its samples have advantage 0.
+    divided by a standard deviation, which would weigh prompts by how often they are solved.
     """
-    mine = {rollout.request.sample_id: float(_is_right(rollout, decode, eos_id)) for rollout in rollouts}
+    mine = {rollout.request.sample_id: _score(rollout, decode, eos_id, options) for rollout in rollouts}
     everyone = [mine]
     if group.size() > 1:
         everyone = [{} for _ in range(group.size())]
@@ -44,8 +44,21 @@ def task_advantages(
     return advantages, sum(verdicts.values()) / max(len(verdicts), 1)
 
 
-def _is_right(rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_id: int) -> bool:
+def refuse_unverifiable(prompts: Sequence[Prompt], options: VerifierOptions) -> None:
+    """Raise ValueError for the first prompt that its verifier cannot judge."""
+    for prompt in prompts:
+        if found := check_task(prompt.verifier, prompt.answer, prompt.details, options):
+            raise ValueError(
+                f"objective_options.task_reward: prompt {prompt.id!r} cannot be judged with the verifier "
+                f"{prompt.verifier}: {found}"
+            )
+
+
+def _score(
+    rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_id: int, options: VerifierOptions | None
+) -> float:
     tokens = [*rollout.request.prefix, *rollout.response]
     if tokens[-1:] == [eos_id]:
         tokens.pop()
-    return is_correct(decode(tokens), rollout.request.prompt.answer)
+    prompt = rollout.request.prompt
+    return verify(prompt.verifier, decode(tokens), prompt.answer, prompt.details, options).score

@@ -14,18 +14,18 @@ from tqdm import tqdm
 from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
 from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
-from megatron_tropd.data import PromptOrder, read_prompts
-from megatron_tropd.evaluate import Evaluator
+from megatron_tropd.data import PromptOrder
+from megatron_tropd.evaluate import Evaluator, verifier_options
 from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.objectives import preset
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
-from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
+from megatron_tropd.run import Run, build_learner, export, open_run, read_prompt_file, resume, save
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
-from megatron_tropd.task_reward import task_advantages
+from megatron_tropd.task_reward import refuse_unverifiable, task_advantages
 from megatron_tropd.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ def train(config: Config) -> None:
     objective = preset(config.objective, **options)
     with open_run(config, "train") as run:
         prompts = _read_prompts(run)
+        if objective.task_reward:
+            refuse_unverifiable(prompts, verifier_options(config.evaluation))
         store = _read_answers(run, prompts)
         learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
         engine = build_engine(
@@ -110,7 +112,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     monitor = run.monitor
     trackers = monitor.open_trackers(run.config, run.folder)
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)
-    evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size)
+    evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size, num_prompts=training.eval_samples)
     bar = tqdm(
         total=training.train_iters,
         initial=first_step,
@@ -188,6 +190,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
             eos_id=run.tokenizer.eos_id,
             samples_per_prompt=run.config.rollout.samples_per_prompt,
             coefficient=objective.task_reward,
+            options=verifier_options(run.config.evaluation),
             group=layout.groups.dp,
         )
     batch = build_batch(
@@ -267,9 +270,7 @@ def _max_prefix_length(config: Config, step: int) -> int:
 
 def _read_prompts(run: Run, *, max_answer_length: int | None = None) -> list[Prompt]:
     data = run.config.data
-    prompts, num_skipped = read_prompts(
-        data.train, run.tokenizer, data.max_prompt_length, data.long_prompts, max_answer_length=max_answer_length
-    )
+    prompts, num_skipped = read_prompt_file(run, data.train, max_answer_length=max_answer_length)
     if num_skipped and run.layout.is_main:
         logger.warning("%s: skipped %d prompts over their length budget", data.train, num_skipped)
     return prompts

@@ -5,9 +5,10 @@ Shape suffixes: ``B`` sequences of a micro-batch, ``S`` positions (padded length
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +36,12 @@ class Prompt:
     text: str
     tokens: tuple[int, ...]
     answer: str
+    verifier: str = "exact"
+    """Which of ``verify.VERIFIERS`` judges a response."""
+    solution: str = ""
+    """A worked solution that ends in the answer, for SFT; "" : the answer alone."""
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the verifier needs beside the answer (``verify.verify``)."""
 
 
 @dataclass(frozen=True)

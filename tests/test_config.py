@@ -221,7 +221,20 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"guidance": {"fraction": 1.5}}, 1, "train", r"guidance.fraction must be in \[0, 1\]"),
         ({"teacher": None}, 1, "train", "`train` needs a teacher"),
         ({"teacher": None}, 1, "generate", "`generate` needs a teacher"),
-        ({"data": {"validation": None}}, 1, "evaluate", "`evaluate` needs data.validation"),
+        ({"data": {"validation": None}}, 1, "evaluate", "`evaluate` needs data.validation or evaluation.files"),
+        ({"evaluation": {"num_samples": 4}}, 1, "evaluate", "num_samples 4 at temperature 0 .* evaluation.temperature"),
+        ({"evaluation": {"num_samples": 0}}, 1, "train", "evaluation.num_samples must be at least 1"),
+        ({"evaluation": {"pass_at": [2]}}, 1, "evaluate", "pass_at 2 needs 1 <= k <= evaluation.num_samples 1"),
+        (
+            {"evaluation": {"max_response_length": 9000}},
+            1,
+            "evaluate",
+            "between 1 and rollout.max_response_length 8192",
+        ),
+        ({"evaluation": {"files": ["a/x.jsonl", "b/x.jsonl"]}}, 1, "evaluate", r"two files named \['x'\]"),
+        ({"evaluation": {"top_p": 0}}, 1, "train", "evaluation.top_p must be in"),
+        ({"evaluation": {"program_seconds": 0}}, 1, "train", "evaluation.program_seconds must be above 0"),
+        ({"data": {"prompt_template": "Q:"}}, 1, "train", "prompt_template must contain {prompt} once"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_fix(

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_tropd.data import (
     CharacterTokenizer,
+    LineFormat,
     PromptOrder,
     SentencePieceTokenizer,
     Tokenizer,
@@ -22,7 +23,6 @@ from megatron_tropd.data import (
 )
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.types import Prompt
-from megatron_tropd.verify import is_correct
 
 DIGITS = CharacterTokenizer("0123456789+=")
 MAKE_DATA = Path(__file__).parent.parent / "examples" / "addition" / "make_data.py"
@@ -232,9 +232,32 @@ def test_order_needs_only_the_position() -> None:
     assert PromptOrder(1, seed=1).indices(0, 5) == [0] * 5
 
 
-def test_exact_match() -> None:
-    assert is_correct("91", "91") and is_correct(" 91\n", "91")
-    assert not is_correct("910", "91") and not is_correct("", "91") and not is_correct("", "")
+def test_lines_of_benchmarks(prompt_file: Any) -> None:
+    line_format = LineFormat("number", "problem", "Answer", "Q: {prompt}\nA:")
+    tokenizer = CharacterTokenizer("QA:) \n+?=0123456789BC$")
+    path = prompt_file(
+        '{"problem": "1+1=?", "Answer": 2}\n'
+        '{"problem": "0?", "verifier": "choice", "choices": ["10", "0"], "Answer": "B"}\n'
+        '{"problem": "1?", "verifier": "python", "tests": "assert True", "solution": "1:1"}\n'
+    )
+    number, choice, program = read_prompts(path, tokenizer, 40, "refuse", line_format=line_format)[0]
+    assert (number.text, number.answer, number.verifier) == ("Q: 1+1=?\nA:", "2", "number")
+    assert choice.text == "Q: 0?\n\nA) 10\nB) 0\nA:" and choice.details == {"num_choices": 2}
+    assert program.details == {"tests": "assert True"} and program.solution == "1:1"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "1", "verifier": "maths"}', "prompts.jsonl:1: verifier 'maths' is unknown: exact, number, math"),
+        ('{"prompt": "1", "choices": ["1"]}', '"choices" must be a list of 2 to 26 strings'),
+        ('{"prompt": "1", "choices": ["1", 2]}', '"choices" must be a string, found a number'),
+        ('{"prompt": "1", "tests": 3}', '"tests" must be a string, found a number'),
+    ],
+)
+def test_lines_of_benchmarks_that_are_wrong(prompt_file: Any, line: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_prompts(prompt_file(line + "\n"), DIGITS, 40, "refuse")
 
 
 def run_make_data(out: Path, *arguments: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

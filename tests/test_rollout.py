@@ -125,21 +125,21 @@ class _Script:
 
 def _evaluate(layout: Any) -> dict[str, Any]:
     """Seven prompts, more than one rank's even share; the references of the last two are wrong."""
-    from megatron_tropd.evaluate import evaluate_prompts, wilson_interval
+    from megatron_tropd.estimators import summarize
+    from megatron_tropd.evaluate import evaluate_prompts
 
     prompts = [Prompt(str(i), "", (i + 2,), str(i + 2) if i < 5 else "wrong") for i in range(7)]
     script: Any = _Script()
 
     def evaluate(what: list[Prompt]) -> dict[str, float]:
-        return evaluate_prompts(script, what, layout, script, max_response_length=BUDGET)
+        return summarize(evaluate_prompts(script, what, layout, script, max_response_length=BUDGET))
 
     messages = []
     for bad in ([], [replace(prompts[0], answer="")]):
         with pytest.raises(ValueError) as error:
             evaluate(bad)
         messages.append(str(error.value))
-    intervals = [wilson_interval(0, 10), wilson_interval(10, 10), wilson_interval(50, 100)]
-    return {"report": evaluate(prompts), "errors": messages, "intervals": intervals}
+    return {"report": evaluate(prompts), "errors": messages}
 
 
 def _errors(engine: Any) -> list[str]:
@@ -344,15 +344,10 @@ def test_evaluation_is_of_all_prompts_on_every_rank(results: Any, case: Any) -> 
 
 def test_evaluation_refuses_what_it_cannot_score(single: dict[str, Any]) -> None:
     no_prompts, no_answer = single["evaluation"]["errors"]
-    assert "no prompts" in no_prompts and "'0' has no reference answer" in no_answer
-
-
-def test_wilson_interval(single: dict[str, Any]) -> None:
-    z2 = 1.959964**2
-    none, every, half = single["evaluation"]["intervals"]
-    assert none == pytest.approx((0.0, z2 / (10 + z2)))
-    assert every == pytest.approx((10 / (10 + z2), 1.0))
-    assert half == pytest.approx((0.40383, 0.59617), abs=1e-5)  # R: prop.test(50, 100, correct = FALSE)
+    assert (
+        "no prompts" in no_prompts
+        and "prompt '0' cannot be evaluated with the verifier exact: it has no reference answer" in no_answer
+    )
 
 
 def test_greedy_is_the_argmax_of_full_forwards(single: dict[str, Any]) -> None:

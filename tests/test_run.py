@@ -326,7 +326,13 @@ def test_the_commands_work_together_on_two_tensor_parallel_ranks(tmp_path: Path,
         teacher={**MODEL, "load": str(tmp_path / "teacher" / "run")},
         guidance={"answers": str(tmp_path / "answers.jsonl")},
     )
+    benchmark = tmp_path / "aime.jsonl"
+    benchmark.write_text(
+        '{"id": "I-1", "prompt": "1+2=", "answer": 204, "verifier": "math"}\n'
+        '{"prompt": "3+4=", "answer": "25", "verifier": "number"}\n'
+    )
     values = yaml.safe_load(student.read_text())
+    values["evaluation"] = {"files": [str(benchmark)]}
     values["teacher"] = {**MODEL, "load": str(tmp_path / "teacher" / "run")}
     student.write_text(yaml.safe_dump(values))
     paths = {"teacher": str(teacher), "student": str(student)}
@@ -338,6 +344,10 @@ def test_the_commands_work_together_on_two_tensor_parallel_ranks(tmp_path: Path,
     last = _metrics(folder)[-1]
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert evaluation["num_prompts"] == 16 and evaluation["accuracy"] == last["accuracy"]
+    assert last["aime/num_prompts"] == 2 and evaluation["aime/num_samples"] == 1
+    judged = [json.loads(line) for line in (folder / "evaluation" / "aime.jsonl").open()]
+    assert [(line["id"], line["answer"]) for line in judged] == [("I-1", "204"), ("2", "25")]
+    assert all(line["finished"] or line["num_tokens"] == 5 for line in judged)
     assert (folder / "report" / "training.png").exists() and (folder / "config.yaml").exists()
     sample = json.loads((folder / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].endswith("=") and sample["prefix"] + sample["response"]
@@ -420,3 +430,36 @@ def test_what_is_known_of_the_global_batch_alone_is_the_same_in_every_layout(tmp
         assert 0 < step["response_tokens"] < 0.3 * 16 * 5 and step["entropy_threshold"] > 0
     first, second = found["reopold-two-stage", "dp"]
     assert "entropy_threshold" not in first and first["response_tokens"] > 3 * second["response_tokens"]
+
+
+def _evaluate(path: str) -> None:
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.evaluate import evaluate
+
+    evaluate(load_config(path))
+
+
+def test_several_samples_of_every_prompt_are_the_same_on_one_rank_and_on_two(tmp_path: Path, data: Path) -> None:
+    evaluation = {"num_samples": 3, "temperature": 1.0, "pass_at": [1, 2], "max_response_length": 4}
+    found = []
+    for size in (1, 2):
+        path = config_file(tmp_path / str(size), data, evaluation=evaluation, data={"verifier": "number"})
+        run_ranks(size, _evaluate, str(path), timeout=120, init_process_group=False)
+        folder = tmp_path / str(size) / "run"
+        lines = [json.loads(line) for line in (folder / "evaluation" / "validation.jsonl").open()]
+        found.append((json.loads((folder / "evaluation.json").read_text()), lines))
+    assert found[0] == found[1]
+    metrics, lines = found[0]
+    assert [line["sample"] for line in lines] == [0, 1, 2] * 16
+    assert max(line["num_tokens"] for line in lines) == 4
+    assert len({line["response"] for line in lines}) > 30  # draws differ between samples and prompts
+    assert metrics["num_samples"] == 3 and metrics["pass_at_1"] == metrics["accuracy"] <= metrics["pass_at_2"]
+
+
+def test_a_prompt_that_cannot_be_judged_is_refused_on_every_rank_before_training(tmp_path: Path, data: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "answer": "="}\n')
+    (both,) = _messages(config_file(tmp_path, data, data={"validation": str(prompts), "verifier": "number"}))
+    wanted = "prompt '1' cannot be evaluated with the verifier number: its reference answer '=' is not a number"
+    assert all(wanted in text for text in both), both
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
