@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from megatron_tropd.config_watch import EvaluationConfig, GuardConfig, MonitoringConfig
+from megatron_tropd.config_tasks import EvaluationConfig, TasksConfig
+from megatron_tropd.config_watch import GuardConfig, MonitoringConfig
 
 Schedule = Literal["none", "half-cosine", "quarter-cosine", "linear", "exponential", "constant"]
 
@@ -114,9 +115,9 @@ class DataConfig:
     what the line's verifier needs (docs/evaluation.md)."""
 
     train: str
-    """JSONL of training prompts."""
+    """JSONL of training prompts; or reasoning-gym:train, the tasks of the section tasks."""
     validation: str | None = None
-    """JSONL of held-out prompts with answers; None: no evaluation."""
+    """JSONL of held-out prompts with answers, or reasoning-gym:validation; None: no evaluation."""
     max_prompt_length: int = 1024
     """Token budget of a prompt."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
@@ -317,6 +318,8 @@ class Config:
     """Overrides of the preset."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Teacher prefixes."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    """Procedural tasks."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Generation."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -40,6 +40,7 @@ def validate(config: Config, world_size: int, command: str) -> None:
     _check_rollout(config)
     _check_profile(config, world_size)
     _check_evaluation(config)
+    _check_tasks(config)
     if command in ("train", "sft"):
         _require(
             config.student.num_moe_experts is None or tp == 1 or parallel.sequence_parallel,
@@ -135,6 +136,10 @@ _LOWEST = {
     "optimizer.lr_warmup_iters": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_grad": 0,
+    "tasks.level": 0,
+    "tasks.seed": 0,
+    "tasks.num_train": 1,
+    "tasks.num_validation": 1,
     "evaluation.num_samples": 1,
     "evaluation.temperature": 0,
     "evaluation.program_memory_mb": 64,
@@ -270,6 +275,23 @@ def _check_profile(config: Config, world_size: int) -> None:
     _require(
         not (monitoring.profile and absent),
         f"monitoring.profile_ranks names {absent}, and there are only the ranks 0 to {world_size - 1}: correct it",
+    )
+
+
+def _check_tasks(config: Config) -> None:
+    sources = [config.data.train, config.data.validation or "", *config.evaluation.files]
+    for source in sources:
+        _require(
+            not source.startswith("reasoning-gym") or source in ("reasoning-gym:train", "reasoning-gym:validation"),
+            f"{source!r} is neither a file nor reasoning-gym:train nor reasoning-gym:validation",
+        )
+        _require(
+            not source.startswith("reasoning-gym") or len(config.tasks.kinds) > 0,
+            f"{source} needs tasks.kinds, such as {{chain_sum: {{}}}}",
+        )
+    _require(
+        config.data.validation != "reasoning-gym:train" and "reasoning-gym:train" not in config.evaluation.files,
+        "held-out prompts must not be those of training: use reasoning-gym:validation",
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import Config
+from megatron_tropd.procedural import SOURCES
 
 _LAYOUT = ("make_vocab_size_divisible_by", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _BOOKKEEPING = (
@@ -29,6 +30,7 @@ MAY_CHANGE = frozenset(
         "monitoring",
         "data.validation",
         "rollout.max_batch_size",
+        "tasks.num_validation",
         "student.load",
         "student.init_method_std",
         *(f"{model}.{name}" for model in ("student", "teacher") for name in _LAYOUT),
@@ -48,7 +50,9 @@ class DriftError(ValueError):
 def snapshot(config: Config) -> dict[str, Any]:
     """The whole config as plain data, with the SHA-256 of the input files under ``files``; reads those files."""
     values = asdict(config)
-    named = {name: path for name, path in _flat(values).items() if name in FILES and path is not None}
+    named = {
+        name: path for name, path in _flat(values).items() if name in FILES and path is not None and path not in SOURCES
+    }
     return values | {"files": {name: _sha256(Path(path)) for name, path in named.items()}}
 
 
@@ -113,7 +117,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value  # as it comes back from a checkpoint's JSON
-        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        result |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and not prefix else {f"{prefix}{name}": value}
+        )
     return result
 
 

@@ -1,8 +1,8 @@
-"""The sections of the configuration about watching a run: what is measured, logged, refused. Imports no torch."""
+"""The sections of the configuration about watching a run: what stops a step, what is logged. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -50,28 +50,3 @@ class MonitoringConfig:
     """Log to this experiment of MLflow too (needs the `mlflow` extra)."""
     mlflow_tracking_uri: str | None = None
     """Where MLflow is; None: what MLFLOW_TRACKING_URI says."""
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How held-out prompts are answered and judged, by `evaluate` and during training."""
-
-    files: list[str] = field(default_factory=list)
-    """JSONL benchmark files that `evaluate` and training measure beside data.validation; metrics are prefixed with the
-    file's name without .jsonl."""
-    num_samples: int = 1
-    """Responses to every prompt; accuracy is their mean."""
-    pass_at: list[int] = field(default_factory=list)
-    """k of every pass@k to report (unbiased; at most num_samples)."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy (then one sample is all there is)."""
-    top_p: float = 1.0
-    """Nucleus mass to sample from; 1 is off."""
-    max_response_length: int | None = None
-    """Token budget of a response; None: rollout.max_response_length."""
-    program_seconds: float = 10.0
-    """Verifier python: wall time of a program with its tests."""
-    program_memory_mb: int = 512
-    """Verifier python: memory of a program with its tests, MiB."""
-    require_namespaces: bool = True
-    """Verifier python: refuse to run programs where the kernel cannot shut them off from network and files."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.jsonl import DataError, kind_of, read_objects
+from megatron_tropd.procedural import ProceduralTask
 from megatron_tropd.types import Prompt
 from megatron_tropd.verify import VERIFIERS
 
@@ -248,6 +249,47 @@ def read_prompts(
     if not prompts:
         found = f"all {num_skipped} prompts are over the length budget" if num_skipped else "the file is empty"
         raise DataError(f"{path}: no prompt to use: {found}")
+    return prompts, num_skipped
+
+
+def procedural_prompts(
+    tasks: Sequence[ProceduralTask],
+    tokenizer: Tokenizer,
+    max_prompt_length: int,
+    long_prompts: Literal["refuse", "skip"],
+    *,
+    source: Mapping[str, Any],
+    max_answer_length: int | None = None,
+    prompt_template: str = "{prompt}",
+) -> tuple[list[Prompt], int]:
+    """Tasks as prompts, and how many were skipped for their length; as ``read_prompts`` does with lines.
+
+    ``source`` holds ``kinds``, ``seed`` and ``level``, with which the verifier finds a task again.
+    """
+    prompts: list[Prompt] = []
+    num_skipped = 0
+    for task in tasks:
+        where = f"reasoning-gym, {task.name} {task.index}"
+        text = prompt_template.replace("{prompt}", task.question)
+        try:
+            tokens = tokenizer.encode(text)
+            tokenizer.encode(task.solution or task.answer)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+        details = {"task": task.name, "options": dict(source["kinds"][task.name]), "index": task.index}
+        details |= {"seed": source["seed"], "level": source["level"]}
+        prompt = Prompt(
+            f"{task.name}-{task.index}", text, tuple(tokens), task.answer, "reasoning-gym", task.solution, details
+        )
+        excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length)
+        if excess and long_prompts == "refuse":
+            raise DataError(f"{where}: {excess}; lower the difficulty, raise the budget, or set data.long_prompts=skip")
+        if excess:
+            num_skipped += 1
+        else:
+            prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"reasoning-gym: no prompt to use: all {num_skipped} are over the length budget")
     return prompts, num_skipped
 
 

@@ -15,7 +15,7 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
 from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
 from megatron_tropd.config_checks import problems
-from megatron_tropd.data import Tokenizer, build_tokenizer, read_prompts
+from megatron_tropd.data import Tokenizer, build_tokenizer
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
 from megatron_tropd.planner import (
@@ -27,7 +27,7 @@ from megatron_tropd.planner import (
     student_layout,
     teacher_layout,
 )
-from megatron_tropd.run import check_tokenizer, export_reference, vocab_size
+from megatron_tropd.run import check_tokenizer, export_reference, read_prompt_file, vocab_size
 from megatron_tropd.types import Prompt
 
 
@@ -110,7 +110,7 @@ def _check_data(config: Config, tokenizer: Tokenizer, found: Findings) -> None:
         if path is None:
             continue
         with found.collect():
-            prompts, num_skipped = read_prompts(path, tokenizer, data.max_prompt_length, data.long_prompts)
+            prompts, num_skipped = read_prompt_file(config, tokenizer, path)
             if num_skipped:
                 found.warnings.append(f"{path}: {num_skipped} prompts are over their length budget and are skipped")
     answers = config.guidance.answers

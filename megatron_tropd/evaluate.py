@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megatron_tropd.checkpoint import latest_checkpoint
 from megatron_tropd.config import Config
-from megatron_tropd.config_watch import EvaluationConfig
+from megatron_tropd.config_tasks import EvaluationConfig
 from megatron_tropd.data import Tokenizer
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.estimators import Sample, summarize
@@ -98,7 +98,8 @@ class Evaluator:
         config, self._run = run.config, run
         self._options = verifier_options(config.evaluation)
         self._prompts = {
-            name: read_prompt_file(run, path)[0][:num_prompts] for name, path in _benchmarks(config).items()
+            name: read_prompt_file(config, run.tokenizer, path)[0][:num_prompts]
+            for name, path in _benchmarks(config).items()
         }
         for prompts in self._prompts.values():
             check_prompts(prompts, run.layout, self._options)

@@ -26,7 +26,7 @@ def generate(config: Config) -> None:
     left unfinished is continued; a finished one is left as it is.
     """
     with open_run(config, "generate") as run:
-        prompts, _ = read_prompt_file(run, config.data.train)
+        prompts, _ = read_prompt_file(config, run.tokenizer, config.data.train)
         writer = _open_store(run)
         with writer or nullcontext():
             waiting = _unanswered(prompts, writer)

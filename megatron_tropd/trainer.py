@@ -270,7 +270,7 @@ def _max_prefix_length(config: Config, step: int) -> int:
 
 def _read_prompts(run: Run, *, max_answer_length: int | None = None) -> list[Prompt]:
     data = run.config.data
-    prompts, num_skipped = read_prompt_file(run, data.train, max_answer_length=max_answer_length)
+    prompts, num_skipped = read_prompt_file(run.config, run.tokenizer, data.train, max_answer_length=max_answer_length)
     if num_skipped and run.layout.is_main:
         logger.warning("%s: skipped %d prompts over their length budget", data.train, num_skipped)
     return prompts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config_watch"},
+    {"config_tasks", "config_watch"},
     {
         "config",
         "console",
@@ -29,7 +29,6 @@ LEVELS = [
         "answers",
         "batch",
         "config_checks",
-        "config_drift",
         "config_parser",
         "cpu",
         "guard",
@@ -38,15 +37,15 @@ LEVELS = [
         "integrity",
         "journal",
         "objectives",
+        "procedural",
         "sampling",
         "selection",
         "trackers",
-        "verify",
     },
-    {"task_reward"},
-    {"bridge", "data", "distributed", "guidance", "hf_files", "vocab_parallel"},
+    {"config_drift", "verify"},
+    {"bridge", "distributed", "guidance", "hf_files", "task_reward", "vocab_parallel"},
     {"layer_spec"},
-    {"huggingface", "metrics", "models", "pair", "phases", "planner"},
+    {"data", "huggingface", "metrics", "models", "pair", "phases", "planner"},
     {"ahead", "monitor", "optimization", "replicas", "rollout", "watchdog", "writing"},
     {"step"},
     {"checkpoint"},

@@ -108,7 +108,7 @@ def test_programs(response: str, correct: bool) -> None:
         ("math", "", {}, "is not LaTeX"),
         ("choice", "E", {"num_choices": 4}, "'E' is not one of the letters A to D"),
         ("python", "", {}, 'it has no "tests"'),
-        ("poetry", "", {}, "'poetry' is unknown: exact, number, math, choice, python"),
+        ("poetry", "", {}, "'poetry' is unknown: exact, number, math, choice, python, reasoning-gym"),
     ],
 )
 def test_tasks_that_cannot_be_verified_say_why(verifier: str, answer: str, details: dict, problem: str) -> None:
@@ -131,7 +131,7 @@ def test_mathematics_that_never_ends_is_wrong_and_the_next_is_judged_again() -> 
         assert not math(bomb, "7")[0]
     assert monotonic() - started < 60
     assert math(r"\boxed{7}", "7") == (True, "7")
-    math.close()
+    math.worker.close()
 
 
 def test_verifiers_load_no_torch() -> None:

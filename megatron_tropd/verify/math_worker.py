@@ -1,4 +1,4 @@
-"""The process in which math-verify runs: JSON lines in, JSON lines out. Started by ``verify.maths``.
+"""The process in which math-verify runs: JSON lines in, JSON lines out. Started by ``verify.worker``.
 
 sympy can take any time and memory for what a model writes (towers of powers, factorials), and some of it cannot be
 interrupted from within; so it runs where it can be ended.

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_tropd.sandbox import Limits, has_namespaces, run_python
 from megatron_tropd.verify.extract import choice_of, last_number, number_of, program_of
 from megatron_tropd.verify.maths import MathVerifier, require_math_verify
+from megatron_tropd.verify.reasoning import reasoning_score
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,23 @@ def _program_problem(answer: str, details: Mapping[str, Any], options: VerifierO
     return ""
 
 
+def _judge_reasoning(response: str, answer: str, details: Mapping[str, Any], options: VerifierOptions) -> Verdict:
+    return Verdict(*reasoning_score(response, details))
+
+
+def _reasoning_problem(answer: str, details: Mapping[str, Any], options: VerifierOptions) -> str:
+    missing = [key for key in ("task", "options", "seed", "level", "index") if key not in details]
+    return f"it does not come from data.train=reasoning-gym:train or reasoning-gym:validation ({missing})" * bool(
+        missing
+    )
+
+
 VERIFIERS = {
     "exact": _Verifier(_judge_exact, _exact_problem),
     "number": _Verifier(_judge_number, _number_problem),
     "math": _Verifier(_judge_math, _math_problem),
     "choice": _Verifier(_judge_choice, _choice_problem),
     "python": _Verifier(_judge_program, _program_problem),
+    "reasoning-gym": _Verifier(_judge_reasoning, _reasoning_problem),
 }
 """Every verifier by its name in prompt files."""
