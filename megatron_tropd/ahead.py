@@ -77,9 +77,11 @@ class TeacherAhead:
         self.seconds = 0.0
         """Time of the last pass."""
         self._places = _find_places(layout, student_layout)
-        self._on_host = [(weight, weight.data.cpu()) for weight in teacher.parameters()] if offload else []
         self.head_VH = self._head(num_ids, padded_num_ids)
         """The output weight's shard of this rank in the student's layout; None off its last stage."""
+        # The loss reads the output weight between the passes, so where it is the teacher's own it stays.
+        moved = [weight for weight in teacher.parameters() if weight is not self.head_VH] if offload else []
+        self._on_host = [(weight, _host_copy(weight)) for weight in moved]
         self._put_away()
 
     def judge(self, batch: Batch) -> list[Judged | None]:
@@ -178,7 +180,7 @@ class TeacherAhead:
     def _wait_place(self, share_CH: torch.Tensor) -> torch.Tensor:
         if self.hidden == "device" or share_CH.device.type == "cpu":
             return share_CH
-        return torch.empty_like(share_CH, device="cpu", pin_memory=True).copy_(share_CH)
+        return _host_copy(share_CH)
 
     def _head(self, num_ids: int, padded_num_ids: int) -> torch.Tensor | None:
         """The teacher's output weight cut for the student's layout, one shard at a time to whoever needs it."""
@@ -225,6 +227,11 @@ def _forward_step(
         output_processor_context=positions_N,
     )
     return hidden, None  # no loss: Megatron collects what the last stage returns
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In pinned memory where there is a device to copy back to."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False).copy_(tensor.data)
 
 
 def _split(count: int, parts: int) -> list[range]:

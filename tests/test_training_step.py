@@ -13,13 +13,13 @@ from tests.ranks import run_ranks
 LAYOUTS = {
     1: ["tp1 pp1"],
     2: ["tp2 pp1", "tp2 pp1 sequence", "tp1 pp2", "tp1 pp1", "tp2 pp1 ahead-2-1", "tp1 pp1 ahead-2-1",
-        "tp1 pp2 ahead-2-1"],
+        "tp1 pp2 ahead-2-1", "tp2 pp1 recompute"],
     4: ["tp2 pp2", "tp2 pp2 sequence", "tp2 pp1", "tp2 pp1 sequence", "tp1 pp2", "tp2 pp1 ahead-1-2",
         "tp1 pp2 ahead-2-1", "tp1 pp2 ahead-2-2", "tp2 pp2 ahead-1-1", "tp2 pp1 sequence ahead-2-2"],
     8: ["tp2 pp2", "tp2 pp2 ahead-2-4"],
 }  # fmt: skip
-"""World size -> tensor and pipeline parallel sizes, whether sequence parallel, and the sizes of a teacher that judges
-ahead; the rest is data parallel."""
+"""World size -> tensor and pipeline parallel sizes, whether sequence parallel, the sizes of a teacher that judges
+ahead, and whether activations are computed again; the rest is data parallel."""
 MICRO_BATCHES = (1, 2, 4)
 MODES = {1: ("logits", "fused", "fused-recompute"), 2: ("fused", "fused-recompute"), 4: ("fused",), 8: ("fused",)}
 """World size -> how the last stage gets from hidden states to losses. Chunks of 3 tokens divide no micro-batch's."""
@@ -53,6 +53,7 @@ def _write_gradients(folder: str, world_size: int) -> None:
             optimizer=OptimizerConfig(use_distributed_optimizer=False),
             ahead=_teacher_sizes(name),
             offload=name.startswith("tp1 pp1"),
+            recompute=name.endswith("recompute"),
         )
         for num_micro_batches, mode in itertools.product(MICRO_BATCHES, MODES[world_size]):
             learner.stage.output_head = mode

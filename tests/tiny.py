@@ -70,12 +70,13 @@ def build_learner(
     head_chunk_size: int | None = 3,
     ahead: tuple[int, int] | None = None,
     offload: bool = False,
+    recompute: bool = False,
 ) -> Learner:
     """A learner on the tiny pair with deterministic weights; ``ahead``: the teacher's own tensor and pipeline size."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
     stage = StudentTeacherStage(
-        build_model(student, layout, seed=1, **sizes),
+        build_model(student, layout, seed=1, recompute=recompute, **sizes),
         build_teacher(teacher, layout, seed=2, **sizes) if teacher and ahead is None else None,
         output_head=output_head,
     )
