@@ -297,6 +297,11 @@ class TrainingConfig:
     teacher.load (the first of the student's family)."""
     log_rollouts: int = 4
     """Rollouts written out as text per step."""
+    log_tokens: int = 0
+    """Trajectories written out token by token (region, R, P_trust, outlier or not) every log_tokens_interval steps to
+    <output_dir>/tokens, for tools/plot_run.py; 0: none."""
+    log_tokens_interval: int = 50
+    """Steps between them."""
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ _LOWEST = {
     "training.keep_every": 0,
     "training.max_log_prob_gap": 0,
     "training.log_rollouts": 0,
+    "training.log_tokens": 0,
+    "training.log_tokens_interval": 1,
     "guard.max_loss_ratio": 1,
     "guard.max_grad_norm_ratio": 1,
     "guard.window": 2,

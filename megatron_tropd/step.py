@@ -29,6 +29,7 @@ from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
 from megatron_tropd.phases import Phases
 from megatron_tropd.replicas import ReplicaCheck
+from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
 
@@ -75,6 +76,8 @@ class Learner:
     """The clock that `schedule` and `optimizer` are taken with."""
     ahead: TeacherAhead | None = None
     """The teacher, where it judges a batch before the student's schedule starts."""
+    observe: TokenLog | None = None
+    """Called on the last stage with every micro-batch and what the loss tells of its loss positions."""
 
     @property
     def sequence_multiple(self) -> int:
@@ -179,6 +182,8 @@ def _micro_batch_loss(
     still has a gradient (of zeros).
     """
     weighted_N, report = _weighted_losses(learner, batch, student_output, teacher_output)
+    if learner.observe is not None:
+        learner.observe(batch, report)
     bad_samples.extend(_samples_with_non_finite(batch, weighted_N))
     loss_terms = _count_loss_terms(learner.normalization, batch, report["outlier"])
     return weighted_N.sum(), loss_terms, token_sums(batch, weighted_N, loss_terms, report)

@@ -26,6 +26,7 @@ from megatron_tropd.run import Run, build_learner, export, open_run, read_prompt
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import refuse_unverifiable, task_advantages
+from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
     monitor = run.monitor
     trackers = monitor.open_trackers(run.config, run.folder)
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)
+    learner = replace(learner, observe=_token_log(run))
     evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size, num_prompts=training.eval_samples)
     bar = tqdm(
         total=training.train_iters,
@@ -208,6 +210,8 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         advantages=advantages,
         device=layout.device,
     )
+    if learner.observe is not None:
+        learner.observe.choose(step, rollouts)
     try:
         metrics = train_step(replace(learner, objective=objective), batch)
     except RefusedStepError as error:
@@ -217,6 +221,8 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
     seconds = perf_counter() - started
     phases.begin("log")
     _write_samples(run, step, rollouts[: training.log_rollouts])
+    if learner.observe is not None:
+        learner.observe.write(step)
     return {
         **metrics,
         **extra_metrics,
@@ -254,6 +260,19 @@ def _roll_back(run: Run, learner: Learner, step: int, error: RefusedStepError) -
         ) from error
     guard.num_refused, guard.batches_ahead = num_refused, next_batch - steps_done
     return steps_done
+
+
+def _token_log(run: Run) -> TokenLog | None:
+    """Where this run records tokens: on the one rank of the first replica that sees the loss; None elsewhere."""
+    training, layout = run.config.training, run.layout
+    if not training.log_tokens or not layout.is_model_replica_leader or layout.data_parallel_rank:
+        return None
+    return TokenLog(
+        run.folder / "tokens",
+        run.tokenizer,
+        interval=training.log_tokens_interval,
+        num_samples=training.log_tokens,
+    )
 
 
 def _evaluates(interval: int, step: int) -> bool:
