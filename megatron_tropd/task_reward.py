@@ -19,15 +19,18 @@ def task_advantages(
     samples_per_prompt: int,
     coefficient: float,
     options: VerifierOptions | None = None,
+    judges: bool = True,
     group: dist.ProcessGroup,
 ) -> tuple[dict[int, float], float]:
     """``coefficient`` times (the verifier's score, less the mean of its prompt's samples) by sample id; the mean score.
 
-    The verifier judges prefix + response without the end token. The samples of a
-    prompt may be on several of the data-parallel ranks in ``group``: their verdicts travel, the rollouts do not. Not
-    divided by a standard deviation, which would weigh prompts by how often they are solved.
+    The verifier judges prefix + response without the end token, on the one rank of each model replica that ``judges``:
+    a time limit must not fall otherwise on another. The samples of a prompt may be on several replicas; the verdicts
+    travel to all ranks of ``group``, which spans them, the rollouts do not. Not divided by a standard deviation, which
+    would weigh prompts by how often they are solved.
     """
-    mine = {rollout.request.sample_id: _score(rollout, decode, eos_id, options) for rollout in rollouts}
+    judged = rollouts if judges else ()
+    mine = {rollout.request.sample_id: _score(rollout, decode, eos_id, options) for rollout in judged}
     everyone = [mine]
     if group.size() > 1:
         everyone = [{} for _ in range(group.size())]
@@ -38,8 +41,9 @@ def task_advantages(
         by_prompt[sample_id // samples_per_prompt].append(verdicts[sample_id])
     means = {prompt: sum(found) / len(found) for prompt, found in by_prompt.items()}
     advantages = {
-        sample_id: coefficient * (verdict - means[sample_id // samples_per_prompt])
-        for sample_id, verdict in mine.items()
+        rollout.request.sample_id: coefficient
+        * (verdicts[rollout.request.sample_id] - means[rollout.request.sample_id // samples_per_prompt])
+        for rollout in rollouts
     }
     return advantages, sum(verdicts.values()) / max(len(verdicts), 1)
 

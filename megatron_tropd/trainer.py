@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerStore
@@ -186,6 +187,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         extra_metrics["entropy_threshold"] = threshold
     advantages = None
     if objective.task_reward:
+        assert dist.group.WORLD is not None
         advantages, extra_metrics["task_reward"] = task_advantages(
             rollouts,
             run.tokenizer.decode,
@@ -193,7 +195,8 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
             samples_per_prompt=run.config.rollout.samples_per_prompt,
             coefficient=objective.task_reward,
             options=verifier_options(run.config.evaluation),
-            group=layout.groups.dp,
+            judges=layout.is_model_replica_leader,
+            group=dist.group.WORLD,
         )
     batch = build_batch(
         rollouts,

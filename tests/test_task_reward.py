@@ -42,13 +42,17 @@ def test_the_advantage_is_the_verdict_less_the_prompts_mean() -> None:
 
 
 def _on_each_rank() -> tuple[dict[int, float], float]:
+    """Two replicas of two ranks; of each the first judges."""
     import torch.distributed as dist
 
-    return task_advantages(ROLLOUTS[dist.get_rank() :: 2], decode, group=dist.group.WORLD, **OPTIONS)
+    replica, place = divmod(dist.get_rank(), 2)
+    return task_advantages(ROLLOUTS[replica::2], decode, judges=place == 0, group=dist.group.WORLD, **OPTIONS)
 
 
-def test_the_samples_of_a_prompt_may_be_on_several_ranks() -> None:
-    (first, share), (second, other_share) = run_ranks(2, _on_each_rank)
+def test_the_samples_of_a_prompt_may_be_on_several_replicas() -> None:
+    found = run_ranks(4, _on_each_rank)
+    assert found[0] == found[1] and found[2] == found[3]
+    (first, share), (second, other_share) = found[0], found[2]
     assert first | second == WANTED and set(first) == {4, 6, 8}
     assert share == other_share == pytest.approx(3 / 6)
 
