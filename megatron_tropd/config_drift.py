@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_tropd.config import Config
 from megatron_tropd.procedural import SOURCES
+from megatron_tropd.redaction import redacted
 
 _LAYOUT = ("make_vocab_size_divisible_by", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _BOOKKEEPING = (
@@ -49,12 +50,12 @@ class DriftError(ValueError):
 
 
 def snapshot(config: Config) -> dict[str, Any]:
-    """The whole config as plain data, with the SHA-256 of the input files under ``files``; reads those files."""
+    """The whole config as plain data without secrets, and the SHA-256 of the input files, read now, under ``files``."""
     values = asdict(config)
     named = {
         name: path for name, path in _flat(values).items() if name in FILES and path is not None and path not in SOURCES
     }
-    return values | {"files": {name: _sha256(Path(path)) for name, path in named.items()}}
+    return redacted(values) | {"files": {name: _sha256(Path(path)) for name, path in named.items()}}
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], list[str]]:
