@@ -247,7 +247,7 @@ def test_a_run_starts_from_a_folder_and_names_what_differs(folder: Path, tmp_pat
 TOKENS = torch.arange(20).reshape(2, 10) * 7 % hf_models.VOCAB_SIZE
 REFUSALS = {
     "experts": {
-        "a student with experts trains with tensor_model_parallel_size 1 only, found 2": [
+        "a student with experts trains with tensor_model_parallel_size 2 only where positions are spread": [
             "--parallel.tensor_model_parallel_size=2",
             "--parallel.pipeline_model_parallel_size=1",
         ],

@@ -25,6 +25,7 @@ def _sums_of_a_small_batch() -> dict[str, float]:
         regions_BS=torch.tensor([[0, 1, 2, 2, 2]]),
         uniforms_BS=torch.zeros(1, 5),
         rollout_log_probs_BS=torch.tensor([[0.0, 0.0, -1.0, -2.0, -3.0]]),
+        advantages_BS=None,
         weights_BS=torch.ones(1, 5),
         loss_positions_N=torch.arange(1, 5),
         sample_ids=(0,),

@@ -21,19 +21,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _losses_and_norms(tp: int, pp: int, recompute: bool) -> dict[str, tuple[float, float]]:
-    from megatron_tropd import models
     from megatron_tropd.step import train_step
     from tests import tiny
 
     layout = tiny.start(tp=tp, pp=pp)
-    build_model = models.build_model
-    tiny.build_model = lambda *args, **kwargs: build_model(*args, **kwargs, recompute=recompute)
     results = {}
     for name, options in VARIANTS.items():
         student = replace(tiny.STUDENT, **options)
         if pp == 2 and student.num_layers == 3:
             student = replace(student, num_layers_in_first_pipeline_stage=2)
-        learner = tiny.build_learner(layout, student=student)
+        learner = tiny.build_learner(layout, student=student, recompute=recompute)
         metrics = train_step(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2))
         results[name] = (metrics["loss"], metrics["grad_norm"])
     return results
@@ -49,14 +46,14 @@ def test_every_architecture_trains_the_same_in_every_layout_and_with_recomputati
 
 
 def _build(caplog_level: int) -> list[str]:
-    from megatron_tropd import models
+    from megatron_tropd import layer_spec
     from tests import tiny
 
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    models.logger.addHandler(handler)
-    models.logger.setLevel(caplog_level)
+    layer_spec.logger.addHandler(handler)
+    layer_spec.logger.setLevel(caplog_level)
     layout = tiny.start(tp=1, pp=1)
     model = tiny.build_learner(layout, teacher=None).stage.module
     weight = model.embedding.word_embeddings.weight
