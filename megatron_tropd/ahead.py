@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.distributed import Layout, active
+from megatron_tropd.distributed import Layout, active, message_group
 from megatron_tropd.pair import loss_position_hidden, output_weight
 from megatron_tropd.types import Batch
 
@@ -77,6 +77,7 @@ class TeacherAhead:
         self.seconds = 0.0
         """Time of the last pass."""
         self._places = _find_places(layout, student_layout)
+        self._messages = message_group(student_layout)
         self.head_VH = self._head(num_ids, padded_num_ids)
         """The output weight's shard of this rank in the student's layout; None off its last stage."""
         # The loss reads the output weight between the passes, so where it is the teacher's own it stays.
@@ -165,14 +166,14 @@ class TeacherAhead:
                 if destination == rank:
                     kept = share_CH.clone()  # not a view that keeps everyone's rows
                 elif num_rows:
-                    operations.append(dist.P2POp(dist.isend, share_CH.contiguous(), destination))
+                    operations.append(dist.P2POp(dist.isend, share_CH.contiguous(), destination, self._messages))
         elif rank in destinations:
             kept = torch.empty(
                 num_rows, self.teacher.config.hidden_size,
                 dtype=self.teacher.config.params_dtype, device=self.layout.device,
             )  # fmt: skip
             if num_rows:
-                operations.append(dist.P2POp(dist.irecv, kept, source))
+                operations.append(dist.P2POp(dist.irecv, kept, source, self._messages))
         for request in dist.batch_isend_irecv(operations) if operations else ():
             request.wait()
         return kept

@@ -30,6 +30,10 @@ def _megatron_globals() -> dict[str, Any]:
 _UNINITIALIZED = {name: copy(value) for name, value in _megatron_globals().items()}
 
 
+MESSAGE_GROUPS: set[str] = set()
+"""Names of the process groups that carry messages between two ranks: their members do not count the same operations."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """This rank's place: process groups and sizes, for everything above."""
@@ -46,6 +50,8 @@ class Layout:
     sequence_parallel: bool
     """Between layers each tensor-parallel rank has its own part of the positions."""
     device: torch.device
+    timeout: timedelta
+    """How long its process groups wait."""
     owns_world: bool
     """torch.distributed was started for this layout, and ends with it."""
     megatron_globals: dict[str, Any] = field(repr=False)
@@ -93,17 +99,17 @@ def initialize(
     if not ON_CPU:
         torch.cuda.set_device(device)
     owns_world = not dist.is_initialized()
-    timeout_minutes += 1
+    timeout = timedelta(minutes=timeout_minutes + 1)
     if owns_world:
-        _start_world(timedelta(minutes=timeout_minutes))
+        _start_world(timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
-            distributed_timeout_minutes=timeout_minutes,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     seed_everything(seed)
-    return _current_layout(device, owns_world, sequence_parallel)
+    return _current_layout(device, timeout, owns_world, sequence_parallel)
 
 
 def _start_world(timeout: timedelta) -> None:
@@ -123,9 +129,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _current_layout(device: torch.device, owns_world: bool, sequence_parallel: bool) -> Layout:
+def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, sequence_parallel: bool) -> Layout:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    MESSAGE_GROUPS.add(groups.pp.group_name)
     return Layout(
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
@@ -136,14 +144,13 @@ def _current_layout(device: torch.device, owns_world: bool, sequence_parallel: b
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         device=device,
+        timeout=timeout,
         owns_world=owns_world,
         megatron_globals=_megatron_globals(),
     )
 
 
-def another_layout(
-    first: Layout, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, timeout_minutes: float
-) -> Layout:
+def another_layout(first: Layout, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> Layout:
     """A second layout over the same ranks, for a model of its own; work on it inside `active`.
 
     Megatron keeps its groups in module globals, so those of ``first`` are put aside while the second are made.
@@ -153,12 +160,20 @@ def another_layout(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
-            distributed_timeout_minutes=timeout_minutes + 1,
+            distributed_timeout_minutes=first.timeout.total_seconds() / 60,
         )
         sequence_parallel = first.sequence_parallel and tensor_model_parallel_size > 1
-        return _current_layout(first.device, owns_world=False, sequence_parallel=sequence_parallel)
+        return _current_layout(first.device, first.timeout, owns_world=False, sequence_parallel=sequence_parallel)
     finally:
         vars(parallel_state).update(first.megatron_globals)
+
+
+def message_group(layout: Layout) -> dist.ProcessGroup:
+    """A process group of all ranks for messages between two of them; every rank calls it."""
+    group = dist.new_group(timeout=layout.timeout)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    MESSAGE_GROUPS.add(group.group_name)
+    return group
 
 
 @contextmanager

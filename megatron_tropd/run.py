@@ -213,7 +213,6 @@ def load_teacher_ahead(run: Run) -> TeacherAhead:
             run.layout,
             tensor_model_parallel_size=tensor_parallel_size,
             pipeline_model_parallel_size=pipeline_parallel_size,
-            timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
     with distributed.active(layout):
         teacher = load_teacher(run, layout)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tropd.distributed import Layout
+from megatron_tropd.distributed import MESSAGE_GROUPS, Layout
 
 EXIT_CODE = 75
 """Of a job that was ended because a rank hung: EX_TEMPFAIL, try again."""
@@ -55,8 +55,6 @@ class Watchdog:
         self._interval = min(timeout_seconds / 10, 5.0)
         # A connection of its own: the main thread may hold the other one's lock while it waits.
         self._store = dist.distributed_c10d._get_default_store().clone()
-        # Point-to-point messages count differently along a pipeline.
-        self._ignored = {dist.distributed_c10d._get_process_group_name(layout.groups.pp)}
         self._main_thread = threading.main_thread().ident
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -93,7 +91,7 @@ class Watchdog:
         counts = {
             name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
             for group, name in groups
-            if name not in self._ignored
+            if name not in MESSAGE_GROUPS
         }
         report = {"time": time.time(), "counts": counts, "where": "" if done else self._where(), "done": done}
         self._store.set(f"{_REPORT}{self._layout.rank}", json.dumps(report))

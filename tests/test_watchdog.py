@@ -12,9 +12,36 @@ import pytest
 
 from megatron_tropd.watchdog import EXIT_CODE, find_hung
 from tests import test_run
+from tests.ranks import run_ranks
 from tests.test_run import REPOSITORY, _metrics, config_file
 
 data = test_run.data
+
+
+def _count_operations() -> tuple[dict[str, int], set[str]]:
+    """By process group what this rank has begun after a step whose teacher has its own layout; the message groups."""
+    import torch.distributed as dist
+
+    from megatron_tropd.distributed import MESSAGE_GROUPS
+    from megatron_tropd.step import forward_backward
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    learner = tiny.build_learner(layout, ahead=(1, 2))
+    forward_backward(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=1))
+    groups = dist.distributed_c10d._world.pg_names.items()
+    return {name: group._get_sequence_number_for_group() for group, name in groups}, MESSAGE_GROUPS
+
+
+def test_ranks_that_all_joined_have_begun_the_same_operations_but_messages() -> None:
+    found = run_ranks(4, _count_operations)
+    messages = set().union(*(names for _, names in found))
+    unequal = {
+        name
+        for name in set().union(*(counts for counts, _ in found))
+        if len({counts[name] for counts, _ in found if name in counts}) > 1
+    }
+    assert unequal and unequal <= messages
 
 
 @pytest.mark.parametrize(

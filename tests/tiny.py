@@ -105,9 +105,7 @@ def _teacher_ahead(
     tp, pp = parallel_sizes
     layout = students
     if (tp, pp) != (students.tensor_parallel_size, students.pipeline_size):
-        layout = distributed.another_layout(
-            students, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, timeout_minutes=2
-        )
+        layout = distributed.another_layout(students, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     with distributed.active(layout):
         teacher = build_teacher(config, layout, seed=2, **sizes)
     padded = padded_vocab_size(
