@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -230,26 +230,19 @@ def read_prompts(
     many tokens with its end token. Raises DataError with file and line for anything else, and for a file with
     no prompt to use.
     """
-    prompts: list[Prompt] = []
-    lines_of_ids: dict[str, int] = {}
-    num_skipped = 0
-    for number, line in read_objects(path):
-        where = f"{path}:{number}"
-        prompt = _parse_prompt(line, where, number, tokenizer, line_format or LineFormat())
-        if prompt.id in lines_of_ids:
-            raise DataError(f"{where}: id {prompt.id!r} is taken by line {lines_of_ids[prompt.id]}: ids must differ")
-        lines_of_ids[prompt.id] = number
-        excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length)
-        if excess and long_prompts == "refuse":
-            raise DataError(f"{where}: {excess}; shorten it, raise the budget, or set data.long_prompts=skip")
-        if excess:
-            num_skipped += 1
-        else:
-            prompts.append(prompt)
-    if not prompts:
-        found = f"all {num_skipped} prompts are over the length budget" if num_skipped else "the file is empty"
-        raise DataError(f"{path}: no prompt to use: {found}")
-    return prompts, num_skipped
+
+    def prompts() -> Iterator[tuple[str, Prompt]]:
+        lines_of_ids: dict[str, int] = {}
+        for number, line in read_objects(path):
+            where = f"{path}:{number}"
+            prompt = _parse_prompt(line, where, number, tokenizer, line_format or LineFormat())
+            if prompt.id in lines_of_ids:
+                taken = lines_of_ids[prompt.id]
+                raise DataError(f"{where}: id {prompt.id!r} is taken by line {taken}: ids must differ")
+            lines_of_ids[prompt.id] = number
+            yield where, prompt
+
+    return _within_budget(str(path), prompts(), tokenizer, max_prompt_length, max_answer_length, long_prompts)
 
 
 def procedural_prompts(
@@ -266,31 +259,43 @@ def procedural_prompts(
 
     ``source`` holds ``kinds``, ``seed`` and ``level``, with which the verifier finds a task again.
     """
-    prompts: list[Prompt] = []
+
+    def prompts() -> Iterator[tuple[str, Prompt]]:
+        line_format = LineFormat(verifier="reasoning-gym", prompt_template=prompt_template)
+        for number, task in enumerate(tasks):
+            line = {"id": f"{task.name}-{task.index}", "prompt": task.question}
+            line |= {"answer": task.answer, "solution": task.solution}
+            where = f"reasoning-gym, {task.name} {task.index}"
+            details = {"task": task.name, "options": dict(source["kinds"][task.name]), "index": task.index}
+            details |= {"seed": source["seed"], "level": source["level"]}
+            yield where, replace(_parse_prompt(line, where, number, tokenizer, line_format), details=details)
+
+    return _within_budget("reasoning-gym", prompts(), tokenizer, max_prompt_length, max_answer_length, long_prompts)
+
+
+def _within_budget(
+    source: str,
+    prompts: Iterator[tuple[str, Prompt]],
+    tokenizer: Tokenizer,
+    max_prompt_length: int,
+    max_answer_length: int | None,
+    long_prompts: Literal["refuse", "skip"],
+) -> tuple[list[Prompt], int]:
+    """What fits of (where it stands, prompt), and how many do not."""
+    kept: list[Prompt] = []
     num_skipped = 0
-    for task in tasks:
-        where = f"reasoning-gym, {task.name} {task.index}"
-        text = prompt_template.replace("{prompt}", task.question)
-        try:
-            tokens = tokenizer.encode(text)
-            tokenizer.encode(task.solution or task.answer)
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
-        details = {"task": task.name, "options": dict(source["kinds"][task.name]), "index": task.index}
-        details |= {"seed": source["seed"], "level": source["level"]}
-        prompt = Prompt(
-            f"{task.name}-{task.index}", text, tuple(tokens), task.answer, "reasoning-gym", task.solution, details
-        )
+    for where, prompt in prompts:
         excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length)
         if excess and long_prompts == "refuse":
-            raise DataError(f"{where}: {excess}; lower the difficulty, raise the budget, or set data.long_prompts=skip")
+            raise DataError(f"{where}: {excess}; shorten it, raise the budget, or set data.long_prompts=skip")
         if excess:
             num_skipped += 1
         else:
-            prompts.append(prompt)
-    if not prompts:
-        raise DataError(f"reasoning-gym: no prompt to use: all {num_skipped} are over the length budget")
-    return prompts, num_skipped
+            kept.append(prompt)
+    if not kept:
+        found = f"all {num_skipped} prompts are over the length budget" if num_skipped else "the file is empty"
+        raise DataError(f"{source}: no prompt to use: {found}")
+    return kept, num_skipped
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from megatron_tropd.types import Prompt, Rollout
-from megatron_tropd.verify import VerifierOptions, check_task, verify
+from megatron_tropd.types import Rollout
+from megatron_tropd.verify import VerifierOptions, verify
 
 
 def task_advantages(
@@ -46,16 +46,6 @@ def task_advantages(
         for rollout in rollouts
     }
     return advantages, sum(verdicts.values()) / max(len(verdicts), 1)
-
-
-def refuse_unverifiable(prompts: Sequence[Prompt], options: VerifierOptions) -> None:
-    """Raise ValueError for the first prompt that its verifier cannot judge."""
-    for prompt in prompts:
-        if found := check_task(prompt.verifier, prompt.answer, prompt.details, options):
-            raise ValueError(
-                f"objective_options.task_reward: prompt {prompt.id!r} cannot be judged with the verifier "
-                f"{prompt.verifier}: {found}"
-            )
 
 
 def _score(

@@ -16,7 +16,7 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
 from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
 from megatron_tropd.data import PromptOrder
-from megatron_tropd.evaluate import Evaluator, verifier_options
+from megatron_tropd.evaluate import Evaluator, check_prompts, verifier_options
 from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
@@ -26,7 +26,7 @@ from megatron_tropd.rollout import build_engine
 from megatron_tropd.run import Run, build_learner, export, open_run, read_prompt_file, resume, save
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
-from megatron_tropd.task_reward import refuse_unverifiable, task_advantages
+from megatron_tropd.task_reward import task_advantages
 from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Prompt, Rollout
 
@@ -47,7 +47,7 @@ def train(config: Config) -> None:
     with open_run(config, "train") as run:
         prompts = _read_prompts(run)
         if objective.task_reward:
-            refuse_unverifiable(prompts, verifier_options(config.evaluation))
+            check_prompts(prompts, run.layout, verifier_options(config.evaluation))
         store = _read_answers(run, prompts)
         learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
         engine = build_engine(
