@@ -5,6 +5,7 @@ Nothing is started or written: no process group, no rank, no folder.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from megatron_tropd.huggingface import check_architecture, open_weights
 from megatron_tropd.planner import (
     Sizes,
     element_bytes,
+    micro_batch_rows,
     model_parameters,
     rank_memory,
     stage_parameters,
@@ -176,7 +178,11 @@ def describe(config: Config, world_size: int) -> str:
     parallel, training, rollout = config.parallel, config.training, config.rollout
     layout, own = student_layout(config, world_size), teacher_layout(config, world_size)
     length = config.data.max_prompt_length + rollout.max_response_length
-    num_micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
+    rows = micro_batch_rows(config)
+    num_micro_batches = math.ceil(training.global_batch_size / (rows * layout.data))
+    packing = ""
+    if training.micro_batch_tokens is not None:
+        packing = f", fewer of more where sequences are shorter ({training.micro_batch_tokens:,} positions)"
     lines = [
         f"run        {config.objective}, {training.train_iters} steps, in {config.output_dir}",
         f"layout     {_sizes(layout)}" + ", sequence parallel" * parallel.sequence_parallel,
@@ -190,7 +196,7 @@ def describe(config: Config, world_size: int) -> str:
         f"step       {training.global_batch_size} sequences = "
         f"{training.global_batch_size // rollout.samples_per_prompt} prompts x {rollout.samples_per_prompt} rollouts; "
         f"at most {training.global_batch_size * length:,} tokens ({length:,} each)",
-        f"micro-batches  {num_micro_batches} of {training.micro_batch_size} on each data-parallel rank",
+        f"micro-batches  {num_micro_batches} of {rows} on each data-parallel rank{packing}",
         f"memory     estimated GB on a rank, {'fp32' if element_bytes(config) == 4 else 'bf16'}, longest sequences, "
         "fused attention; without CUDA context and NCCL",
         *memory_table(config, world_size),

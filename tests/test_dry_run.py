@@ -70,6 +70,14 @@ def _plan_of_a_good_config(folder: Path) -> None:
     assert "8 ranks = tensor 2 x pipeline 2 x data 2" in text
     assert "8 prompts x 4 rollouts; at most 2,048 tokens (64 each)" in text
     assert "micro-batches  4 of 4" in text
+    by_positions = _run(path, "--dry-run", "--world-size=8", "--training.micro_batch_tokens=150")[1]
+    assert "micro-batches  8 of 2 on each data-parallel rank, fewer of more where" in by_positions
+    # Twice as many sequences at once of the same length take as much as that many rows.
+    one, two = (
+        _run(path, "--dry-run", "--world-size=8", option)[1].split("memory")[1]
+        for option in ("--training.micro_batch_tokens=128", "--training.micro_batch_size=2")
+    )
+    assert one == two != text.split("memory")[1]
     assert "no weights" in text and "student starts with random weights" in text and "`python -m" in text
     assert sorted(folder.rglob("*")) == before, "a dry run writes nothing"
     # Without an option one model replica is meant, and torchrun's WORLD_SIZE where it is set.

@@ -98,6 +98,13 @@ def teacher_layout(config: Config, world_size: int) -> Sizes:
     return Sizes(tensor, pipeline, world_size // (tensor * pipeline))
 
 
+def micro_batch_rows(config: Config) -> int:
+    """Sequences of a micro-batch where all are as long as the config allows."""
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    tokens = config.training.micro_batch_tokens
+    return config.training.micro_batch_size if tokens is None else tokens // longest
+
+
 def element_bytes(config: Config) -> int:
     """e: 4 for fp32; 2 for bf16, and for ``auto``, which is bf16 on GPUs."""
     return 4 if config.training.precision == "fp32" else 2
@@ -151,7 +158,7 @@ class _Rank:
 
     def memory(self) -> RankMemory:
         config, sizes, training = self.config, self.student, self.config.training
-        e, size = element_bytes(config), training.micro_batch_size
+        e, size = element_bytes(config), micro_batch_rows(config)
         weights, gradients, optimizer = weight_bytes(
             stage_parameters(config.student, sizes.tensor, sizes.pipeline)[self.stage],
             e,
@@ -170,7 +177,7 @@ class _Rank:
             attention=self.attention,
             sequence_parallel=config.parallel.sequence_parallel,
         )
-        in_flight = min(training.global_batch_size // (size * sizes.data), sizes.pipeline - self.stage)
+        in_flight = min(math.ceil(training.global_batch_size / (size * sizes.data)), sizes.pipeline - self.stage)
         workspace = layer_transient(config.student, sizes.tensor, size * self.length, e)
         if training.recompute:
             cut = sizes.tensor if config.parallel.sequence_parallel else 1
@@ -199,7 +206,7 @@ class _Rank:
         teacher, parallel, training = self.config.teacher, self.config.parallel, self.config.training
         if teacher is None:
             return 0, 0, 0, 0
-        sizes, tokens = self.teacher, training.micro_batch_size * self.length
+        sizes, tokens = self.teacher, micro_batch_rows(self.config) * self.length
         weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline)[self.teacher_stage] * e
         transient = layer_transient(teacher, sizes.tensor, tokens, e)
         if parallel.teacher_schedule == "shared":
@@ -233,7 +240,7 @@ class _Rank:
 def _head_bytes(config: Config, tensor: int, element: int) -> tuple[int, int]:
     """(fused heads, whole logits) of the last stage, one of which is 0."""
     student, teacher, training = config.student, config.teacher, config.training
-    tokens = training.micro_batch_size * config.rollout.max_response_length
+    tokens = micro_batch_rows(config) * config.rollout.max_response_length
     shard = padded_vocabulary(student, tensor) // tensor
     teacher_shard = padded_vocabulary(teacher, tensor) // tensor if teacher is not None else 0
     teacher_hidden = teacher.hidden_size if teacher is not None else 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import Sizes, element_bytes, student_layout, teacher_layout
+from megatron_tropd.planner.memory import Sizes, element_bytes, micro_batch_rows, student_layout, teacher_layout
 from megatron_tropd.planner.parameters import (
     active_layer_parameters,
     head_widths,
@@ -77,7 +77,7 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
     """The parts of one step of `train`; both models' ``vocab_size`` must be set."""
     student, teacher = student_layout(config, world_size), teacher_layout(config, world_size)
     gradients, optimizer = _update_seconds(config, student, gpu, assumed)
-    size, batch = config.training.micro_batch_size, config.training.global_batch_size
+    size, batch = micro_batch_rows(config), config.training.global_batch_size
     passes = 4 if config.training.recompute else 3
     num_student = batch / (size * student.data)
     one_student = micro_batch_seconds(config, config.student, student, passes, gpu, assumed)
@@ -116,7 +116,7 @@ def micro_batch_seconds(
     config: Config, model: ModelConfig, layout: Sizes, passes: int, gpu: Gpu, assumed: Assumptions
 ) -> float:
     """One micro-batch on the slowest stage: ``passes`` times the FLOP of a forward, and its communication."""
-    long, size = lengths(config, assumed), config.training.micro_batch_size
+    long, size = lengths(config, assumed), micro_batch_rows(config)
     tokens = size * long.sequence
     stages = stage_layers(model, layout.pipeline)
     one_layer = forward_flops(model, tokens=tokens, length=long.sequence, head_tokens=0) / model.num_layers
