@@ -185,15 +185,20 @@ def cells(row: Row) -> list[str]:
 
 
 def judge(rows: list[Row], num_tokens: int) -> list[list[str]]:
-    """Every bar with what was found: ``[what, bar, found, verdict]``."""
+    """Every bar of the cases in ``rows`` with what was found: ``[what, bar, found, verdict]``."""
     known = {(row.case, row.implementation): row for row in rows}
+    cases = {row.case for row in rows}
     lines = []
     for limit in LIMITS:
         values = [getattr(row, limit.column) for row in rows if row.ours and row.case != HEAD]
-        judged = values and num_tokens >= limit.min_tokens
+        if not values:
+            continue
+        judged = num_tokens >= limit.min_tokens
         verdict = "not measured" if not judged else "holds" if max(values) <= limit.at_most else "missed"
         lines.append([limit.what, f"at most {limit.at_most:g}", f"{max(values):.2g}" if judged else "-", verdict])
     for bar in BARS:
+        if bar.case not in cases:
+            continue
         row = known.get((bar.case, bar.peer))
         ratio = None if row is None else row.time_ratio_compiled if bar.compiled else row.time_ratio
         verdict = "not measured" if ratio is None else "holds" if ratio >= bar.at_least else "missed"
@@ -227,7 +232,8 @@ def print_tables(rows: list[Row], heading: str, num_tokens: int) -> None:
         bars.add_row(*line)
     console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(table)
-    console.print(bars)
+    if bars.row_count:
+        console.print(bars)
 
 
 def markdown(rows: list[Row], heading: str, num_tokens: int) -> str:
@@ -237,8 +243,9 @@ def markdown(rows: list[Row], heading: str, num_tokens: int) -> str:
         return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
 
     parts = [f"## {heading}", "", *lines(["case", "implementation", *COLUMNS], [cells(row) for row in rows])]
-    if any(row.tp == 1 for row in rows):
-        parts += ["", *lines(["bar", "", "found", "verdict"], judge(rows, num_tokens))]
+    bars = judge(rows, num_tokens)
+    if bars and any(row.tp == 1 for row in rows):
+        parts += ["", *lines(["bar", "", "found", "verdict"], bars)]
     return "\n".join(parts) + "\n"
 
 
