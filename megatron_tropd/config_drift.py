@@ -50,10 +50,15 @@ class DriftError(ValueError):
 
 
 def snapshot(config: Config) -> dict[str, Any]:
-    """The whole config as plain data without secrets, and the SHA-256 of the input files, read now, under ``files``."""
+    """The whole config as plain data without secrets, and the SHA-256 of the input files, read now, under ``files``.
+
+    A file that is not there is left out: its command does not read it (``sft`` no teacher answers).
+    """
     values = asdict(config)
     named = {
-        name: path for name, path in _flat(values).items() if name in FILES and path is not None and path not in SOURCES
+        name: path
+        for name, path in _flat(values).items()
+        if name in FILES and path is not None and path not in SOURCES and Path(path).is_file()
     }
     return redacted(values) | {"files": {name: _sha256(Path(path)) for name, path in named.items()}}
 
