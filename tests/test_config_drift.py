@@ -40,10 +40,10 @@ def test_every_field_that_may_change_is_a_field() -> None:
 
 
 def test_a_file_that_the_command_does_not_read_may_be_missing(config: Config, tmp_path: Path) -> None:
-    guidance = dataclasses.replace(config.guidance, answers=str(tmp_path / "answers.jsonl"))
+    guidance = dataclasses.replace(config.guidance, answers=str(tmp_path / "later.jsonl"))
     before = snapshot(dataclasses.replace(config, guidance=guidance))
     assert "guidance.answers" not in before["files"]
-    (tmp_path / "answers.jsonl").write_text("{}")
+    (tmp_path / "later.jsonl").write_text("{}")
     after = snapshot(dataclasses.replace(config, guidance=guidance))
     assert len(after["files"]["guidance.answers"]) == 64
     assert compare(before, after) == ([], [])
