@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from megatron_tropd.config_data import DataConfig, TokenizerConfig
 from megatron_tropd.config_tasks import EvaluationConfig, TasksConfig
 from megatron_tropd.config_watch import GuardConfig, MonitoringConfig
 
@@ -95,42 +96,6 @@ class ParallelConfig:
     """teacher_schedule=ahead: the teacher's layers are in host memory but for the time of a pass."""
     distributed_timeout_minutes: float = 30.0
     """Where ranks wait longer than this for one that hangs, the job ends and names it."""
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """How text becomes ids; shared by student and teacher."""
-
-    kind: Literal["characters", "sentencepiece", "huggingface"] = "characters"
-    """One id per character of an alphabet, a SentencePiece model file, or a folder with a Hugging Face tokenizer."""
-    alphabet: str = "0123456789+-=., abcdefghijklmnopqrstuvwxyz"
-    """kind=characters: the characters, in id order; id 0 is padding, 1 is end of text, characters follow from 2."""
-    model: str | None = None
-    """kind=sentencepiece: path of the .model file; kind=huggingface: the folder."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where prompts come from. Files are JSONL: {"prompt": str, "answer": str (optional), "id": str (optional)}, and
-    what the line's verifier needs (docs/evaluation.md)."""
-
-    train: str
-    """JSONL of training prompts; or reasoning-gym:train, the tasks of the section tasks."""
-    validation: str | None = None
-    """JSONL of held-out prompts with answers, or reasoning-gym:validation; None: no evaluation."""
-    max_prompt_length: int = 1024
-    """Token budget of a prompt."""
-    long_prompts: Literal["refuse", "skip"] = "refuse"
-    """A longer prompt is an error, or is skipped and counted."""
-    verifier: Literal["exact", "number", "math", "choice", "python"] = "exact"
-    """What judges a response where the line has no "verifier" of its own: the same text, the same number, LaTeX maths
-    (math-verify), the same letter, or a program that passes the line's "tests"."""
-    prompt_key: str = "prompt"
-    """Key of the prompt in every line ("problem", "question" in public sets)."""
-    answer_key: str = "answer"
-    """Key of the reference answer."""
-    prompt_template: str = "{prompt}"
-    """The text the model is given; {prompt} stands for the line's prompt (with its choices listed below it)."""
 
 
 @dataclass(frozen=True)

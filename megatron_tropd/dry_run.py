@@ -16,7 +16,6 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
 from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
 from megatron_tropd.config_checks import problems
-from megatron_tropd.data import Tokenizer, build_tokenizer
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
 from megatron_tropd.planner import (
@@ -30,6 +29,8 @@ from megatron_tropd.planner import (
     teacher_layout,
 )
 from megatron_tropd.run import check_tokenizer, export_reference, read_prompt_file, vocab_size
+from megatron_tropd.tokenizer import Tokenizer
+from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.types import Prompt
 
 
@@ -80,15 +81,17 @@ def check(config: Config, world_size: int) -> Findings:
     """Every check that needs no process group: sizes, tokenizer, prompts, answers, weights, folders."""
     found = Findings(problems=problems(config, world_size, "train"))
     _check_output(config, found)
-    tokenizer = None
+    tokenizers: list[Tokenizer] = []
     with found.collect():
-        tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
-    if tokenizer is None:
+        tokenizers.extend(build_tokenizers(config.tokenizer))
+    if not tokenizers:
         return found  # files of text cannot be read without
+    tokenizer, teacher_tokenizer = tokenizers
     _check_data(config, tokenizer, found)
-    for name, model in (("student", config.student), ("teacher", config.teacher)):
+    models = ("student", config.student, tokenizer), ("teacher", config.teacher, teacher_tokenizer)
+    for name, model, own_tokenizer in models:
         if model is not None:
-            _check_weights(name, model, tokenizer, found)
+            _check_weights(name, model, own_tokenizer, found)
     _check_resume(config, tokenizer, found)
     if config.training.export_hf:
         with found.collect():
@@ -173,8 +176,7 @@ def _check_resume(config: Config, tokenizer: Tokenizer, found: Findings) -> None
 
 def describe(config: Config, world_size: int) -> str:
     """The plan of a valid config as text: layout, parameters, tokens of a step, memory of each pipeline stage."""
-    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
-    config = with_vocab_sizes(config, tokenizer)
+    config = with_vocab_sizes(config, *build_tokenizers(config.tokenizer))
     parallel, training, rollout = config.parallel, config.training, config.rollout
     layout, own = student_layout(config, world_size), teacher_layout(config, world_size)
     length = config.data.max_prompt_length + rollout.max_response_length
@@ -209,12 +211,12 @@ def _sizes(layout: Sizes) -> str:
     return f"{layout.world} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
 
 
-def with_vocab_sizes(config: Config, tokenizer: Tokenizer) -> Config:
+def with_vocab_sizes(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> Config:
     """The config with both models' true vocabulary sizes written out."""
     student = replace(config.student, vocab_size=vocab_size(config.student, tokenizer))
     teacher = config.teacher
     if teacher is not None:
-        teacher = replace(teacher, vocab_size=vocab_size(teacher, tokenizer))
+        teacher = replace(teacher, vocab_size=vocab_size(teacher, teacher_tokenizer))
     return replace(config, student=student, teacher=teacher)
 
 

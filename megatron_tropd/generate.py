@@ -57,7 +57,11 @@ def _answer(run: Run, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | 
         load_teacher(run),
         layout,
         config.rollout,
-        vocab_size=min(run.tokenizer.vocab_size, vocab_size(config.teacher, run.tokenizer)),
+        vocab_size=min(
+            run.tokenizer.vocab_size,
+            run.teacher_tokenizer.vocab_size,
+            vocab_size(config.teacher, run.teacher_tokenizer),
+        ),
         eos_id=run.tokenizer.eos_id,
         seed=config.training.seed + 1,  # not the draws that the student will sample with
     )

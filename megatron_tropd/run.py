@@ -22,14 +22,7 @@ from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_parser import save_config
-from megatron_tropd.data import (
-    LineFormat,
-    Tokenizer,
-    build_tokenizer,
-    huggingface_fingerprint,
-    procedural_prompts,
-    read_prompts,
-)
+from megatron_tropd.data import procedural_prompts, read_prompts
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.guard import Guard
@@ -41,8 +34,12 @@ from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.procedural import SOURCES, make_tasks
+from megatron_tropd.prompt_lines import LineFormat
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
+from megatron_tropd.tokenizer import HuggingFaceTokenizer, Tokenizer, huggingface_fingerprint
+from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
+from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.trackers import require_trackers
 from megatron_tropd.types import Prompt
 from megatron_tropd.watchdog import Watchdog
@@ -62,6 +59,8 @@ class Run:
     layout: Layout
     tokenizer: Tokenizer
     folder: Path
+    teacher_tokenizer: Tokenizer
+    """The student's, where ``tokenizer.teacher`` is not set."""
     monitor: Monitor
     stop_requested: bool = False
     """SIGTERM has arrived on this rank."""
@@ -125,7 +124,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     """
     validate(config, distributed.world_size(), command)
     require_trackers(config)
-    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.alphabet, config.tokenizer.model)
+    tokenizer, teacher_tokenizer = build_tokenizers(config.tokenizer)
     if command in ("train", "sft") and config.training.export_hf:
         export_reference(config, tokenizer)
     tensor_parallel_size, pipeline_parallel_size = layout_sizes(config, command)
@@ -139,7 +138,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         sequence_parallel=config.parallel.sequence_parallel and tensor_parallel_size > 1,
     )
     folder = Path(config.output_dir)
-    run = Run(config, layout, tokenizer, folder, Monitor(config, layout, folder, command))
+    run = Run(config, layout, tokenizer, folder, teacher_tokenizer, Monitor(config, layout, folder, command))
 
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
         run.stop_requested = True
@@ -194,13 +193,20 @@ def read_prompt_file(
 def load_student(run: Run) -> GPTModel:
     """The student's slice on this rank, with the weights of ``student.load`` where it is set."""
     build = partial(build_model, recompute=run.config.training.recompute)
-    return _load(run, run.layout, run.config.student, build, seed=run.config.training.seed)
+    return _load(run, run.layout, run.config.student, build, run.tokenizer, seed=run.config.training.seed)
 
 
 def load_teacher(run: Run, layout: Layout | None = None) -> GPTModel:
     """The frozen teacher's slice on this rank, in the run's layout or its own."""
     assert run.config.teacher is not None  # validate() has refused a run without
-    return _load(run, layout or run.layout, run.config.teacher, build_teacher, seed=run.config.training.seed + 1)
+    return _load(
+        run,
+        layout or run.layout,
+        run.config.teacher,
+        build_teacher,
+        run.teacher_tokenizer,
+        seed=run.config.training.seed + 1,
+    )
 
 
 def load_teacher_ahead(run: Run) -> TeacherAhead:
@@ -216,7 +222,7 @@ def load_teacher_ahead(run: Run) -> TeacherAhead:
         )
     with distributed.active(layout):
         teacher = load_teacher(run, layout)
-    num_ids = vocab_size(config.teacher, run.tokenizer)
+    num_ids = vocab_size(config.teacher, run.teacher_tokenizer)
     return TeacherAhead(
         teacher,
         layout,
@@ -232,8 +238,10 @@ def load_teacher_ahead(run: Run) -> TeacherAhead:
     )
 
 
-def _load(run: Run, layout: Layout, config: ModelConfig, build: Callable[..., GPTModel], *, seed: int) -> GPTModel:
-    size = vocab_size(config, run.tokenizer)
+def _load(
+    run: Run, layout: Layout, config: ModelConfig, build: Callable[..., GPTModel], tokenizer: Tokenizer, *, seed: int
+) -> GPTModel:
+    size = vocab_size(config, tokenizer)
     model = build(
         config,
         layout,
@@ -248,10 +256,10 @@ def _load(run: Run, layout: Layout, config: ModelConfig, build: Callable[..., GP
         return model
     folder = Path(config.load)
     if is_huggingface(folder):
-        check_tokenizer(run.tokenizer, folder, size)
+        check_tokenizer(tokenizer, folder, size)
         load_huggingface(folder, model, layout, config, vocab_size=size)
     else:
-        load_weights(folder, model, config, vocab_size=size, tokenizer=run.tokenizer.fingerprint)
+        load_weights(folder, model, config, vocab_size=size, tokenizer=tokenizer.fingerprint)
     return model
 
 
@@ -262,10 +270,16 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, size: int) -> None:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {folder} only {size} rows in its embedding: "
             "use the model's own tokenizer (tokenizer.kind=huggingface)"
         )
-    if huggingface_fingerprint(folder) not in (None, tokenizer.fingerprint):
-        raise ConfigError(
-            f"{folder} has another tokenizer than this run: set tokenizer.kind=huggingface and tokenizer.model to it"
-        )
+    if huggingface_fingerprint(folder) in (None, tokenizer.fingerprint):
+        return
+    hint = f"{folder} has another tokenizer than this run: set tokenizer.kind=huggingface and tokenizer.model (for the "
+    hint += "teacher, tokenizer.teacher) to it"
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError(hint)
+    try:
+        shared_vocab_size(tokenizer, HuggingFaceTokenizer(folder))
+    except TokenizerMismatchError as error:
+        raise ConfigError(f"{hint}. {error}") from error
 
 
 def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:
@@ -284,7 +298,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
     optimizer = build_optimizer(model, config.optimizer, run.layout, dtype=run.dtype)
     sizes = [vocab_size(config.student, run.tokenizer)]
     if with_teacher and config.teacher is not None:
-        sizes.append(vocab_size(config.teacher, run.tokenizer))
+        sizes += [vocab_size(config.teacher, run.teacher_tokenizer), run.teacher_tokenizer.vocab_size]
     return Learner(
         model=model,
         optimizer=optimizer,

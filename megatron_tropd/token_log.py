@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.data import Tokenizer
 from megatron_tropd.loss_report import LossReport
+from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import MicroBatch, Rollout, TokenRegion
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_tropd.data import HuggingFaceTokenizer, build_tokenizer, huggingface_fingerprint
+from megatron_tropd.tokenizer import HuggingFaceTokenizer, huggingface_fingerprint
+from megatron_tropd.tokenizer_builder import build_tokenizer
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -124,11 +125,11 @@ def _check_loading(folder: str, converted: str) -> None:
     """A converted checkpoint, in a config that leaves defaults out and pads otherwise, holds the folder's weights."""
     from megatron_tropd.checkpoint import load_weights
     from megatron_tropd.config import ConfigError, ModelConfig
-    from megatron_tropd.data import CharacterTokenizer
     from megatron_tropd.hf_mapping import mappings
     from megatron_tropd.huggingface import load_huggingface
     from megatron_tropd.models import build_model
     from megatron_tropd.run import check_tokenizer
+    from megatron_tropd.tokenizer import CharacterTokenizer
     from tests import tiny
 
     layout = tiny.start(tp=1, pp=1)

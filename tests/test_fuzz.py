@@ -19,9 +19,10 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.config import ConfigError, ModelConfig
 from megatron_tropd.config_checks import validate
 from megatron_tropd.config_parser import field_names, load_config
-from megatron_tropd.data import CharacterTokenizer, read_prompts
+from megatron_tropd.data import read_prompts
 from megatron_tropd.integrity import CheckpointError, refuse_unsafe_pickle, seal, verify
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.tokenizer import CharacterTokenizer
 
 CASES = pytest.mark.parametrize(
     "cases", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config_tasks", "config_watch"},
+    {"config_data", "config_tasks", "config_watch"},
     {
         "config",
         "console",
@@ -24,6 +24,7 @@ LEVELS = [
         "report",
         "report_html",
         "sandbox",
+        "tokenizer",
         "types",
     },
     {
@@ -41,10 +42,21 @@ LEVELS = [
         "procedural",
         "sampling",
         "selection",
+        "tiktoken_tokenizer",
+        "tokenizer_agreement",
         "trackers",
     },
     {"config_drift", "verify"},
-    {"bridge", "distributed", "guidance", "hf_files", "task_reward", "vocab_parallel"},
+    {
+        "bridge",
+        "distributed",
+        "prompt_lines",
+        "tokenizer_builder",
+        "guidance",
+        "hf_files",
+        "task_reward",
+        "vocab_parallel",
+    },
     {"layer_spec"},
     {"data", "huggingface", "metrics", "models", "pair", "phases", "planner"},
     {"ahead", "monitor", "optimization", "replicas", "rollout", "token_log", "watchdog", "writing"},

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_tropd.data import CharacterTokenizer, procedural_prompts
+from megatron_tropd.data import procedural_prompts
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.procedural import make_tasks
+from megatron_tropd.tokenizer import CharacterTokenizer
 from megatron_tropd.verify import check_task, verify
 from megatron_tropd.verify.extract import final_answer
 from megatron_tropd.verify.reasoning import is_safe, reasoning_score

@@ -31,7 +31,8 @@ MODEL = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sums of two-digit numbers, and a store of (reference) answers to them."""
     from megatron_tropd.answers import AnswerHeader, AnswerWriter
-    from megatron_tropd.data import CharacterTokenizer, read_prompts
+    from megatron_tropd.data import read_prompts
+    from megatron_tropd.tokenizer import CharacterTokenizer
 
     folder = tmp_path_factory.mktemp("data")
     make_data = REPOSITORY / "examples" / "addition" / "make_data.py"

@@ -30,10 +30,10 @@ def _answers(folder: str, tensor_parallel_size: int, out: str) -> list[tuple[Any
     """For each question the logits of its last tokens and a greedy continuation; exports the model."""
     import torch.distributed as dist
 
-    from megatron_tropd.data import HuggingFaceTokenizer
     from megatron_tropd.hf_config import model_config, read_config
     from megatron_tropd.huggingface import export_huggingface, load_huggingface
     from megatron_tropd.models import build_model
+    from megatron_tropd.tokenizer import HuggingFaceTokenizer
     from tests import tiny
 
     layout = tiny.start(tp=tensor_parallel_size, pp=1)

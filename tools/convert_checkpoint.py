@@ -54,9 +54,9 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
     """Read a Hugging Face folder and write a checkpoint that ``student.load`` and ``teacher.load`` accept."""
     from megatron_tropd.checkpoint import Description, save_weights
     from megatron_tropd.config import architecture
-    from megatron_tropd.data import HuggingFaceTokenizer
     from megatron_tropd.hf_config import HuggingFaceError, model_config, read_config
     from megatron_tropd.hf_files import TensorFiles
+    from megatron_tropd.tokenizer import HuggingFaceTokenizer
 
     started = time.perf_counter()
     config = model_config(read_config(options.hf))

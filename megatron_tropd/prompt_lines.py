@@ -1,0 +1,130 @@
+"""One line of a prompt file, checked: a text or a conversation, perhaps with a reference answer. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_tropd.jsonl import DataError, kind_of
+from megatron_tropd.tokenizer import Message, Tokenizer
+from megatron_tropd.verify import VERIFIERS
+
+
+@dataclass(frozen=True)
+class LineFormat:
+    """How a line of a prompt file becomes a prompt: the fields of the same name in the config's data section."""
+
+    verifier: str = "exact"
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    prompt_template: str = "{prompt}"
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """What a line says; ``text`` is the rendered conversation where the line has ``messages``."""
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+    verifier: str = "exact"
+    solution: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_line(
+    line: dict[str, Any], where: str, default_id: str, tokenizer: Tokenizer, line_format: LineFormat | None = None
+) -> PromptLine:
+    """A line of a prompt file: ``{"prompt": str}`` or ``{"messages": [...]}``, with "answer" and "id" at will, and what
+    a verifier needs; ``line_format`` gives other names and defaults. Template and choices are for plain prompts alone.
+
+    ``where`` (file:line) begins the message of every DataError.
+    """
+    identifier = string(line, "id", where, default=default_id)
+    if not identifier:
+        raise DataError(f'{where}: "id" is empty: leave it out (the line number is taken) or give one')
+    line_format = line_format or LineFormat()
+    verifier = string(line, "verifier", where, default=line_format.verifier)
+    if verifier not in VERIFIERS:
+        raise DataError(f"{where}: verifier {verifier!r} is unknown: {', '.join(VERIFIERS)}")
+    if verifier in ("number", "math") and type(line.get(line_format.answer_key)) is int:
+        line = {**line, line_format.answer_key: str(line[line_format.answer_key])}  # as AIME files have it
+    answer = string(line, line_format.answer_key, where, default="")
+    solution = string(line, "solution", where, default="")
+    details: dict[str, Any] = {}
+    if "choices" in line:
+        details["num_choices"] = len(_choices(line["choices"], where))
+    if "tests" in line:
+        details["tests"] = string(line, "tests", where, default="")
+    try:
+        text = _text(line, where, tokenizer, line_format)
+        tokens = tokenizer.encode(text)
+        # A reference answer that the tokenizer cannot express can be neither learned nor met.
+        tokenizer.encode(solution or answer)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    if not tokens:
+        raise DataError(f'{where}: "prompt" {text!r} has no tokens under this tokenizer: remove the line')
+    return PromptLine(identifier, text, tuple(tokens), answer, verifier, solution, details)
+
+
+def _text(line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: LineFormat) -> str:
+    if "messages" in line:
+        if line_format.prompt_key in line:
+            raise DataError(f'{where}: both "{line_format.prompt_key}" and "messages": keep one of them')
+        messages = checked_messages(line["messages"], where)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(
+                f'{where}: "messages" end with the assistant\'s: put its text under "answer", so that the student '
+                "writes its own (tools/preprocess_data.py does that)"
+            )
+        return tokenizer.render_chat(messages, line.get("tools"))
+    text = string(line, line_format.prompt_key, where, default="")
+    if not text.strip():
+        state = "is empty" if line_format.prompt_key in line else "is missing"
+        raise DataError(
+            f'{where}: "{line_format.prompt_key}" {state}: every line needs a text under that key, or "messages"'
+        )
+    if "choices" in line:
+        choices = _choices(line["choices"], where)
+        text = "\n".join([text, "", *(f"{chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))])
+    return line_format.prompt_template.replace("{prompt}", text)
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or not 2 <= len(value) <= 26:
+        raise DataError(f'{where}: "choices" must be a list of 2 to 26 strings, found {kind_of(value)}')
+    return [string({"choices": choice}, "choices", where, default="") for choice in value]
+
+
+def checked_messages(value: Any, where: str) -> Sequence[Message]:
+    """``value`` where it is a conversation: a list of objects with a role and a content that is text."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else kind_of(value)
+        raise DataError(f'{where}: "messages" must be a list of {{"role", "content"}} objects, found {found}')
+    for index, message in enumerate(value):
+        at = f"{where}: message {index}"
+        if not isinstance(message, dict):
+            raise DataError(f'{at} must be an object with "role" and "content", found {kind_of(message)}')
+        if not string(message, "role", at, default=""):
+            raise DataError(f'{at} has no "role": system, user, assistant or tool')
+        # Templates take a call of a tool without a text beside it.
+        if message.get("content") is not None or not message.get("tool_calls"):
+            if "content" not in message:
+                raise DataError(f'{at} has no "content": give its text')
+            string(message, "content", at, default="")
+    return value
+
+
+def string(line: dict[str, Any], key: str, where: str, *, default: str) -> str:
+    """The text under ``key``. Raises DataError for another type, or for halves of surrogate pairs."""
+    value = line.get(key, default)
+    if not isinstance(value, str):
+        raise DataError(f'{where}: "{key}" must be a string, found {kind_of(value)}: put it in quotes or leave it out')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f'{where}: "{key}" has half of a surrogate pair, which is not text: repair the escape \\uD8..')
+    return value
