@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from megatron_tropd.jsonl import DataError, kind_of
 from megatron_tropd.tokenizer import Message, Tokenizer
 from megatron_tropd.verify import VERIFIERS
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,6 @@ def string(line: dict[str, Any], key: str, where: str, *, default: str) -> str:
     value = line.get(key, default)
     if not isinstance(value, str):
         raise DataError(f'{where}: "{key}" must be a string, found {kind_of(value)}: put it in quotes or leave it out')
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _SURROGATE.search(value):
         raise DataError(f'{where}: "{key}" has half of a surrogate pair, which is not text: repair the escape \\uD8..')
     return value

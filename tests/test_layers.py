@@ -58,7 +58,7 @@ LEVELS = [
         "vocab_parallel",
     },
     {"layer_spec"},
-    {"data", "huggingface", "metrics", "models", "pair", "phases", "planner"},
+    {"data", "huggingface", "metrics", "models", "pair", "phases", "planner", "preprocessing"},
     {"ahead", "monitor", "optimization", "replicas", "rollout", "token_log", "watchdog", "writing"},
     {"step"},
     {"checkpoint"},
