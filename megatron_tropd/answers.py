@@ -1,23 +1,25 @@
-"""The store of teacher answers: a JSONL file of token ids, written ahead of training and safe to continue.
+"""The store of teacher answers: JSONL files of token ids, written ahead of training and safe to continue.
 
-The first line is the header; every further line is one answer, several for a prompt allowed. The end token
-of a finished answer is one of its tokens.
+The first line of a file is the header; every further line is one answer, several for a prompt allowed. The end token
+of a finished answer is one of its tokens. A store is one file, or a folder of such files (shards). Reading checks every
+line and keeps only where it is: the ids stay on disk, memory-mapped, until an answer is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
-from megatron_tropd.jsonl import DataError, parse_object, read_objects
+from megatron_tropd.jsonl import DataError, parse_object
 from megatron_tropd.types import Prompt
 
 _FORMAT = "megatron-tropd answers"
@@ -54,6 +56,32 @@ class Answer:
     """``prompt_digest`` of the prompt it answers."""
 
 
+class _MappedAnswers(Sequence[Answer]):
+    """Answers of one prompt, each parsed from its line when it is asked for."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[mmap.mmap, int]] = []
+
+    def append(self, file: mmap.mmap, offset: int) -> None:
+        """Add the line that begins at byte ``offset``, which has been checked."""
+        self._lines.append((file, offset))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Answer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Answer]: ...
+    def __getitem__(self, index: int | slice) -> Answer | Sequence[Answer]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        file, offset = self._lines[index]
+        end = file.find(b"\n", offset)
+        line = json.loads(file[offset : end if end >= 0 else len(file)])
+        return Answer(array("i", line["tokens"]), line["finished"], line["prompt_digest"])
+
+
 class AnswerStore:
     """Teacher answers by prompt id, several for a prompt in the order of the file.
 
@@ -69,27 +97,30 @@ class AnswerStore:
 
     @classmethod
     def read(cls, path: str | Path, tokenizer_fingerprint: str, vocab_size: int) -> Self:
-        """A finished store.
+        """A finished store: one file, or a folder whose ``*.jsonl`` are its shards, in the order of their names.
 
         Raises DataError for another tokenizer, for ids outside [0, vocab_size), for any malformed line.
         """
-        lines = read_objects(path)
-        _, first = next(lines, (1, None))
-        if first is None:
-            raise DataError(f"{path}: no teacher answers: the file is empty; run `generate`")
-        header = _parse_header(first, f"{path}:1")
-        if header.tokenizer != tokenizer_fingerprint:
-            raise DataError(
-                f"{path}: the answers are ids of another tokenizer ({header.tokenizer[:12]}..., this run has "
-                f"{tokenizer_fingerprint[:12]}...): use the same tokenizer or generate answers with this one"
-            )
-        answers: dict[str, list[Answer]] = {}
-        for number, line in lines:
-            identifier, answer = _parse_answer(line, f"{path}:{number}", vocab_size)
-            answers.setdefault(identifier, []).append(answer)
+        path = Path(path)
+        shards = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not shards:
+            raise DataError(f"{path}: no teacher answers: the folder has no .jsonl files")
+        headers, answers = [], dict[str, _MappedAnswers]()
+        for shard in shards:
+            file, lines = _map_lines(shard)
+            _, first = next(lines)
+            headers.append(_parse_header(first, f"{shard}:1"))
+            if headers[-1].tokenizer != tokenizer_fingerprint:
+                raise DataError(
+                    f"{shard}: the answers are ids of another tokenizer ({headers[-1].tokenizer[:12]}..., this run has "
+                    f"{tokenizer_fingerprint[:12]}...): use the same tokenizer or generate answers with this one"
+                )
+            for number, (offset, line) in enumerate(lines, start=2):
+                identifier, _ = _parse_answer(line, f"{shard}:{number}", vocab_size)
+                answers.setdefault(identifier, _MappedAnswers()).append(file, offset)
         if not answers:
             raise DataError(f"{path}: no teacher answers: nothing follows the header; run `generate` again")
-        return cls(header, answers, str(path))
+        return cls(headers[0], answers, str(path))
 
     def answer(self, prompt: Prompt, sample: int) -> Answer:
         """The answer that sample ``sample`` of a prompt continues: the prompt's stored answers in turn."""
@@ -180,6 +211,25 @@ class AnswerWriter:
 def prompt_digest(prompt: Prompt) -> str:
     """Short digest of a prompt's ids, by which a store notices that the prompt file has changed under it."""
     return hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest()[:16]
+
+
+def _map_lines(path: Path) -> tuple[mmap.mmap, Iterator[tuple[int, dict[str, Any]]]]:
+    """The file in memory, and (offset, object) of every line; DataError for what is no JSON object."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+                raise DataError(f"{path}: no teacher answers: the file is empty; run `generate`")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
+
+    def lines() -> Iterator[tuple[int, dict[str, Any]]]:
+        offset = 0
+        for number, line in enumerate(iter(mapped.readline, b""), start=1):
+            yield offset, parse_object(line, f"{path}:{number}")
+            offset += len(line)
+
+    return mapped, lines()
 
 
 def _parse_header(line: dict[str, Any], where: str) -> AnswerHeader:

@@ -119,7 +119,8 @@ class GuidanceConfig:
     """Teacher-written prefixes (METHOD 1, off-policy guidance)."""
 
     answers: str | None = None
-    """JSONL store of teacher answers (`python -m megatron_tropd generate`); required unless schedule is none."""
+    """JSONL store of teacher answers (`python -m megatron_tropd generate`, or tools/import_answers.py), or a folder of
+    such files; required unless schedule is none."""
     schedule: Literal["auto"] | Schedule = "auto"
     """How the longest prefix shrinks over training; auto: half-cosine for the tropd family, constant (whole answers)
     for seq-kd and gkd, none for the other objectives."""

@@ -17,6 +17,8 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes share the work
 
+_KEYS = ("prompt", "answer", "messages", "text", "id")
+
 
 def main(arguments: list[str]) -> int:
     """Preprocess; returns the exit status (2 for what a user has to correct)."""
@@ -71,6 +73,21 @@ def tokenizer_config(options: argparse.Namespace) -> Any:
     )
 
 
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a record has what, the same for every tool."""
+    records = parser.add_argument_group("records")
+    records.add_argument("--field", choices=("auto", "prompt", "messages", "text"), default="auto")
+    for name in _KEYS:
+        records.add_argument(f"--{name}-key", default=name, help=f"where a record has its {name}")
+
+
+def record_keys(options: argparse.Namespace) -> Any:
+    """The keys of `add_record_arguments`."""
+    from megatron_tropd.preprocessing.examples import Keys
+
+    return Keys(**{name: getattr(options, f"{name}_key") for name in _KEYS})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files and folders, read in this order")
@@ -79,10 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_tokenizer_arguments(parser)
-    records = parser.add_argument_group("records")
-    records.add_argument("--field", choices=("auto", "prompt", "messages", "text"), default="auto")
-    for name in ("prompt", "answer", "messages", "text", "id"):
-        records.add_argument(f"--{name}-key", default=name, help=f"where a record has its {name}")
+    add_record_arguments(parser)
     filters = parser.add_argument_group("filters")
     filters.add_argument(
         "--dedup", choices=("prompt", "example", "none"), default="prompt", help="of what no second is kept"
@@ -99,14 +113,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(parsed: argparse.Namespace) -> Any:
-    from megatron_tropd.preprocessing.examples import Keys
     from megatron_tropd.preprocessing.pipeline import Options
 
     return Options(
         inputs=tuple(parsed.input),
         out=str(Path(parsed.out)),
         tokenizer=tokenizer_config(parsed),
-        keys=Keys(*(getattr(parsed, f"{name}_key") for name in ("prompt", "answer", "messages", "text", "id"))),
+        keys=record_keys(parsed),
         which=parsed.field,
         dedup=parsed.dedup,
         min_prompt_length=parsed.min_prompt_length,
