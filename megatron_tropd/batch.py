@@ -39,6 +39,7 @@ def build_batch(
     pad_to_multiple_of: int = 1,
     selected: Mapping[int, np.ndarray] | None = None,
     advantages: Mapping[int, float] | None = None,
+    source_names: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> Batch:
     """One data-parallel rank's rollouts of a step as padded micro-batches, longest rows first.
@@ -46,7 +47,8 @@ def build_batch(
     There are ``num_micro_batches`` micro-batches of ``micro_batch_size`` rows (schedules want the same number
     on every rank); places without a rollout are rows of padding with sample id -1. Rows of like length share
     a micro-batch, which is padded to its own longest row, rounded up to a multiple of ``pad_to_multiple_of``
-    (the tensor-parallel size under sequence parallelism). Tensors are on ``device``.
+    (the tensor-parallel size under sequence parallelism). Tensors are on ``device``. With ``source_names`` the metrics
+    are told for each source of the prompts too.
 
     ``normalization`` says what one loss term is: with ``tokens`` and ``kept`` every response position (weight
     1; the training step itself counts the kept ones), with ``sequences`` every sequence with a response (the
@@ -76,7 +78,9 @@ def build_batch(
         rows = [*longest_first, *[None] * (num_rows - len(rollouts))]
         groups = [rows[start : start + micro_batch_size] for start in range(0, num_rows, micro_batch_size)]
     micro_batches = tuple(
-        _micro_batch(group, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, device)
+        _micro_batch(
+            group, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, tuple(source_names), device
+        )
         for group in groups
     )
     return Batch(micro_batches, step)
@@ -166,6 +170,7 @@ def _micro_batch(
     pad_to_multiple_of: int,
     selected: Mapping[int, np.ndarray] | None,
     advantages: Mapping[int, float] | None,
+    source_names: tuple[str, ...],
     device: torch.device | str,
 ) -> MicroBatch:
     num_positions = _num_positions(rows, pad_to_multiple_of)
@@ -196,6 +201,11 @@ def _micro_batch(
         weights_BS[row, part_S] = 1.0 / max(1, part_S.sum()) if normalization == "sequences" else 1.0
     sample_ids = tuple(PADDING_SAMPLE if row is None else row.request.sample_id for row in rows)
     terms_BS = regions_BS != TokenRegion.NONE
+    loss_positions_N = terms_BS.ravel().nonzero()[0]
+    sources_N = None
+    if source_names:
+        sources_B = np.array([0 if row is None else source_names.index(row.request.prompt.source) for row in rows])
+        sources_N = torch.from_numpy(sources_B[loss_positions_N // num_positions]).to(device)
     return MicroBatch(
         tokens_BS=torch.from_numpy(tokens_BS).to(device),
         labels_BS=torch.from_numpy(labels_BS).to(device),
@@ -204,9 +214,11 @@ def _micro_batch(
         rollout_log_probs_BS=torch.from_numpy(log_probs_BS).to(device),
         advantages_BS=None if advantages is None else torch.from_numpy(advantages_BS).to(device),
         weights_BS=torch.from_numpy(weights_BS).to(device),
-        loss_positions_N=torch.from_numpy(terms_BS.ravel().nonzero()[0]).to(device),
+        loss_positions_N=torch.from_numpy(loss_positions_N).to(device),
         sample_ids=sample_ids,
         num_loss_terms=int(terms_BS.any(axis=1).sum() if normalization == "sequences" else terms_BS.sum()),
+        source_names=source_names,
+        sources_N=sources_N,
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from contextvars import ContextVar
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from megatron_tropd.config import OBJECTIVES, Config, ConfigError, ModelConfig, resolved_schedule
+from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_schedule
+from megatron_tropd.config_data_checks import check_data
+from megatron_tropd.config_require import collecting, require
 
 
 def validate(config: Config, world_size: int, command: str) -> None:
@@ -19,13 +20,13 @@ def validate(config: Config, world_size: int, command: str) -> None:
     _check_numbers(config)
     parallel = config.parallel
     tp, pp = layout_sizes(config, command)
-    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found tensor {tp} and pipeline {pp}")
-    _require(
+    require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found tensor {tp} and pipeline {pp}")
+    require(
         world_size % (tp * pp) == 0,
         f"{world_size} processes cannot be split into tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
         f"{pp} = {tp * pp}: start a multiple of {tp * pp} processes (torchrun --nproc-per-node)",
     )
-    _require(
+    require(
         parallel.tensor_model_parallel_size > 1 or not parallel.sequence_parallel,
         "parallel.sequence_parallel spreads positions over tensor-parallel ranks, and there is only one: set "
         "tensor_model_parallel_size above 1, or sequence_parallel=false",
@@ -33,16 +34,16 @@ def validate(config: Config, world_size: int, command: str) -> None:
     if command != "generate":
         _check_model("student", config.student, tp, pp)
     _check_teacher_layout(config, world_size)
-    _require(
+    require(
         config.teacher is not None or command not in ("train", "generate"),
         f"`{command}` needs a teacher: add a teacher section with its architecture and load",
     )
     _check_rollout(config)
     _check_profile(config, world_size)
     _check_evaluation(config)
-    _check_tasks(config)
+    check_data(config)
     if command in ("train", "sft"):
-        _require(
+        require(
             config.student.num_moe_experts is None or tp == 1 or parallel.sequence_parallel,
             f"a student with experts trains with tensor_model_parallel_size {tp} only where positions are spread too "
             "(Megatron asks for it): set parallel.sequence_parallel=true",
@@ -51,7 +52,7 @@ def validate(config: Config, world_size: int, command: str) -> None:
     if command in ("train", "generate"):
         _check_guidance(config, command)
     if command == "evaluate":
-        _require(
+        require(
             config.data.validation is not None or len(config.evaluation.files) > 0,
             "`evaluate` needs data.validation or evaluation.files, JSONL of prompts with answers",
         )
@@ -66,7 +67,7 @@ def _check_teacher_layout(config: Config, world_size: int) -> None:
         "teacher_hidden": parallel.teacher_hidden if parallel.teacher_hidden != "device" else None,
     }
     for name, value in given.items():
-        _require(
+        require(
             value is None or parallel.teacher_schedule == "ahead",
             f"parallel.{name}={value} needs parallel.teacher_schedule=ahead: in the shared schedule the teacher lives "
             "where the student does",
@@ -74,8 +75,8 @@ def _check_teacher_layout(config: Config, world_size: int) -> None:
     if config.teacher is None:
         return
     tp, pp = teacher_sizes(config)
-    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found the teacher's tensor {tp}, pipeline {pp}")
-    _require(
+    require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found the teacher's tensor {tp}, pipeline {pp}")
+    require(
         world_size % (tp * pp) == 0,
         f"{world_size} processes cannot be split into the teacher's tensor {tp} x pipeline {pp} = {tp * pp}: change "
         "parallel.teacher_tensor_model_parallel_size, teacher_pipeline_model_parallel_size or the number of processes",
@@ -101,32 +102,16 @@ def layout_sizes(config: Config, command: str) -> tuple[int, int]:
     return config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
 
 
-_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
-
-
 def problems(config: Config, world_size: int, command: str) -> list[str]:
     """Everything that `validate` would refuse, one message each, in its order; empty for a config that can run."""
-    found: list[str] = []
-    token = _collected.set(found)
-    try:
-        validate(config, world_size, command)
-    except (ArithmeticError, TypeError):
-        # A size that is 0 or missing has been found; what is computed from it cannot be checked.
-        if not found:
-            raise
-    finally:
-        _collected.reset(token)
+    with collecting() as found:
+        try:
+            validate(config, world_size, command)
+        except (ArithmeticError, TypeError):
+            # A size that is 0 or missing has been found; what is computed from it cannot be checked.
+            if not found:
+                raise
     return found
-
-
-def _require(holds: bool, message: str) -> None:
-    if holds:
-        return
-    found = _collected.get()
-    if found is None:
-        raise ConfigError(message)
-    if message not in found:
-        found.append(message)
 
 
 _LOWEST = {
@@ -167,20 +152,20 @@ def _check_numbers(config: Config) -> None:
     for section_name, section in vars(config).items():
         for name, value in vars(section).items() if is_dataclass(section) else ():
             finite = not isinstance(value, float) or math.isfinite(value)
-            _require(finite, f"{section_name}.{name} must be a finite number, found {value}")
+            require(finite, f"{section_name}.{name} must be a finite number, found {value}")
             lowest = _LOWEST.get(f"{section_name}.{name}")
-            _require(
+            require(
                 lowest is None or value is None or value >= lowest,
                 f"{section_name}.{name} must be at least {lowest}, found {value}",
             )
     optimizer = config.optimizer
-    _require(
+    require(
         optimizer.min_lr <= optimizer.lr,
         f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}: lower it",
     )
     for name in ("adam_beta1", "adam_beta2"):
         beta = getattr(optimizer, name)
-        _require(0 <= beta < 1, f"optimizer.{name} must be in [0, 1), found {beta}")
+        require(0 <= beta < 1, f"optimizer.{name} must be in [0, 1), found {beta}")
 
 
 def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
@@ -199,19 +184,19 @@ def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
         "moe_router_topk": model.moe_router_topk,
     }
     for field_name, value in sizes.items():
-        _require(value is None or value >= 1, f"{name}.{field_name} must be at least 1, found {value}")
+        require(value is None or value >= 1, f"{name}.{field_name} must be at least 1, found {value}")
     shared = {"ffn_hidden_size": model.ffn_hidden_size, "num_attention_heads": model.num_attention_heads}
     for field_name, size in {**shared, "num_query_groups": groups}.items():
-        _require(
+        require(
             size % tp == 0,
             f"{name}.{field_name} {size} is not divisible by tensor_model_parallel_size {tp}: "
             f"use a tensor parallel size that divides it",
         )
-    _require(
+    require(
         model.num_attention_heads % groups == 0,
         f"{name}.num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups {groups}",
     )
-    _require(
+    require(
         model.kv_channels is not None or model.hidden_size % model.num_attention_heads == 0,
         f"{name}.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
         f"{model.num_attention_heads}: set {name}.kv_channels",
@@ -222,16 +207,16 @@ def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
 
 def _check_experts(name: str, model: ModelConfig, tp: int) -> None:
     experts, width = model.num_moe_experts, model.moe_ffn_hidden_size
-    _require(
+    require(
         (experts is None) == (width is None),
         f"{name}.num_moe_experts {experts} and {name}.moe_ffn_hidden_size {width} belong together: set both or neither",
     )
     if experts is not None and width is not None:
-        _require(
+        require(
             model.moe_router_topk <= experts,
             f"{name}.moe_router_topk {model.moe_router_topk} is more than {name}.num_moe_experts {experts}",
         )
-        _require(
+        require(
             width % tp == 0,
             f"{name}.moe_ffn_hidden_size {width} is not divisible by tensor_model_parallel_size {tp}: use a tensor "
             "parallel size that divides it",
@@ -244,10 +229,10 @@ def _check_pipeline(name: str, model: ModelConfig, pp: int) -> None:
         "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage,
     }
     given = {field_name: value for field_name, value in uneven.items() if value is not None}
-    _require(pp > 1 or not given, f"{name}.{next(iter(given), '')} needs pipeline_model_parallel_size > 1")
-    _require(all(value >= 1 for value in given.values()), f"{name}: a pipeline stage needs at least one layer: {given}")
+    require(pp > 1 or not given, f"{name}.{next(iter(given), '')} needs pipeline_model_parallel_size > 1")
+    require(all(value >= 1 for value in given.values()), f"{name}: a pipeline stage needs at least one layer: {given}")
     layers, stages = model.num_layers - sum(given.values()), pp - len(given)
-    _require(
+    require(
         layers >= stages and (layers == 0 if stages == 0 else layers % stages == 0),
         f"{name}.num_layers {model.num_layers} cannot be split over pipeline_model_parallel_size {pp}"
         + (f" with {given}" if given else "")
@@ -258,86 +243,65 @@ def _check_pipeline(name: str, model: ModelConfig, pp: int) -> None:
 
 def _check_rollout(config: Config) -> None:
     rollout = config.rollout
-    _require(rollout.temperature >= 0, f"rollout.temperature must be >= 0, found {rollout.temperature}")
-    _require(0 < rollout.top_p <= 1, f"rollout.top_p must be in (0, 1], found {rollout.top_p}")
+    require(rollout.temperature >= 0, f"rollout.temperature must be >= 0, found {rollout.temperature}")
+    require(0 < rollout.top_p <= 1, f"rollout.top_p must be in (0, 1], found {rollout.top_p}")
     for name in ("samples_per_prompt", "max_response_length", "max_batch_size"):
-        _require(getattr(rollout, name) >= 1, f"rollout.{name} must be at least 1, found {getattr(rollout, name)}")
-    _require(config.data.max_prompt_length >= 1, "data.max_prompt_length must be at least 1")
+        require(getattr(rollout, name) >= 1, f"rollout.{name} must be at least 1, found {getattr(rollout, name)}")
+    require(config.data.max_prompt_length >= 1, "data.max_prompt_length must be at least 1")
 
 
 def _check_profile(config: Config, world_size: int) -> None:
     monitoring = config.monitoring
     start, end = monitoring.profile_step_start, monitoring.profile_step_end
-    _require(
+    require(
         start < end,
         f"monitoring.profile_step_end {end} must be above monitoring.profile_step_start {start}: it is the first step "
         "that is not profiled",
     )
     absent = [rank for rank in monitoring.profile_ranks if not 0 <= rank < world_size]
-    _require(
+    require(
         not (monitoring.profile and absent),
         f"monitoring.profile_ranks names {absent}, and there are only the ranks 0 to {world_size - 1}: correct it",
     )
 
 
-def _check_tasks(config: Config) -> None:
-    sources = [config.data.train, config.data.validation or "", *config.evaluation.files]
-    for source in sources:
-        _require(
-            not source.startswith("reasoning-gym") or source in ("reasoning-gym:train", "reasoning-gym:validation"),
-            f"{source!r} is neither a file nor reasoning-gym:train nor reasoning-gym:validation",
-        )
-        _require(
-            not source.startswith("reasoning-gym") or len(config.tasks.kinds) > 0,
-            f"{source} needs tasks.kinds, such as {{chain_sum: {{}}}}",
-        )
-    _require(
-        config.data.validation != "reasoning-gym:train" and "reasoning-gym:train" not in config.evaluation.files,
-        "held-out prompts must not be those of training: use reasoning-gym:validation",
-    )
-
-
 def _check_evaluation(config: Config) -> None:
     evaluation, names = config.evaluation, [Path(file).stem for file in config.evaluation.files]
-    _require(
+    require(
         evaluation.num_samples == 1 or evaluation.temperature > 0,
         f"evaluation.num_samples {evaluation.num_samples} at temperature 0 would be the same response every time: set "
         "evaluation.temperature (0.6 is usual), or num_samples=1",
     )
-    _require(0 < evaluation.top_p <= 1, f"evaluation.top_p must be in (0, 1], found {evaluation.top_p}")
-    _require(evaluation.program_seconds > 0, "evaluation.program_seconds must be above 0")
+    require(0 < evaluation.top_p <= 1, f"evaluation.top_p must be in (0, 1], found {evaluation.top_p}")
+    require(evaluation.program_seconds > 0, "evaluation.program_seconds must be above 0")
     for k in evaluation.pass_at:
-        _require(
+        require(
             1 <= k <= evaluation.num_samples,
             f"evaluation.pass_at {k} needs 1 <= k <= evaluation.num_samples {evaluation.num_samples}",
         )
     budget, longest = evaluation.max_response_length, config.rollout.max_response_length
-    _require(
+    require(
         budget is None or 1 <= budget <= longest,
         f"evaluation.max_response_length {budget} must be between 1 and rollout.max_response_length {longest}, which "
         "the models are built for",
     )
     repeated = sorted({name for name in names if names.count(name) > 1})
-    _require(not repeated, f"evaluation.files has two files named {repeated}: their metrics would collide; rename one")
-    _require(
-        config.data.prompt_template.count("{prompt}") == 1,
-        f"data.prompt_template must contain {{prompt}} once, found {config.data.prompt_template!r}",
-    )
+    require(not repeated, f"evaluation.files has two files named {repeated}: their metrics would collide; rename one")
 
 
 def _check_training(config: Config, dp: int, command: str) -> None:
     training = config.training
     samples = config.rollout.samples_per_prompt if command == "train" else 1
-    _require(training.train_iters >= 1, f"training.train_iters must be at least 1, found {training.train_iters}")
-    _require(training.micro_batch_size >= 1, "training.micro_batch_size must be at least 1")
+    require(training.train_iters >= 1, f"training.train_iters must be at least 1, found {training.train_iters}")
+    require(training.micro_batch_size >= 1, "training.micro_batch_size must be at least 1")
     chunk = training.head_chunk_size
-    _require(chunk is None or chunk >= 1, f"training.head_chunk_size must be at least 1, found {chunk}")
-    _require(
+    require(chunk is None or chunk >= 1, f"training.head_chunk_size must be at least 1, found {chunk}")
+    require(
         training.output_head != "logits" or (chunk is None and not training.fp32_logits),
         "training.fp32_logits and training.head_chunk_size are about the fused heads: set training.output_head=fused",
     )
     tokens, longest = training.micro_batch_tokens, config.data.max_prompt_length + config.rollout.max_response_length
-    _require(
+    require(
         tokens is None or tokens >= longest,
         f"training.micro_batch_tokens {tokens} is less than the longest sequence, data.max_prompt_length + "
         f"rollout.max_response_length = {longest}: raise the one or lower the others",
@@ -346,9 +310,9 @@ def _check_training(config: Config, dp: int, command: str) -> None:
     rows = micro_batch_size * dp
     unit = math.lcm(rows, samples)
     size = training.global_batch_size
-    _require(size >= 1, f"training.global_batch_size must be at least 1, found {size}")
+    require(size >= 1, f"training.global_batch_size must be at least 1, found {size}")
     below, above = size // unit * unit, (size // unit + 1) * unit
-    _require(
+    require(
         size % unit == 0,
         f"training.global_batch_size {size} must be a multiple of "
         + (f"micro_batch_size {micro_batch_size} x " if tokens is None else "")
@@ -357,7 +321,7 @@ def _check_training(config: Config, dp: int, command: str) -> None:
         + f": try {f'{below} or ' if below else ''}{above}",
     )
     if command == "train":
-        _require(config.objective in OBJECTIVES, _unknown_objective(config.objective))
+        require(config.objective in OBJECTIVES, _unknown_objective(config.objective))
 
 
 def _unknown_objective(name: str) -> str:
@@ -368,23 +332,23 @@ def _unknown_objective(name: str) -> str:
 def _check_guidance(config: Config, command: str) -> None:
     guidance, budget = config.guidance, config.rollout.max_response_length
     if command == "generate":
-        _require(guidance.answers is not None, "`generate` needs guidance.answers, the file to write")
+        require(guidance.answers is not None, "`generate` needs guidance.answers, the file to write")
         return
-    _require(
+    require(
         guidance.answers is not None or resolved_schedule(config) == "none",
         f"guidance.schedule {resolved_schedule(config)} needs teacher answers: set guidance.answers (written by "
         "`python -m megatron_tropd generate`), or guidance.schedule=none",
     )
-    _require(
+    require(
         config.objective != "seq-kd" or resolved_schedule(config) != "none",
         "objective seq-kd learns from teacher answers alone, and guidance.schedule=none leaves none: use "
         "guidance.schedule=constant",
     )
     longest = guidance.max_prefix_length
-    _require(
+    require(
         longest is None or 0 <= longest <= budget,
         f"guidance.max_prefix_length {longest} must be between 0 and rollout.max_response_length {budget}",
     )
     fraction = guidance.fraction
-    _require(fraction is None or 0 <= fraction <= 1, f"guidance.fraction must be in [0, 1], found {fraction}")
-    _require(guidance.min_on_policy_tokens >= 0, "guidance.min_on_policy_tokens must be >= 0")
+    require(fraction is None or 0 <= fraction <= 1, f"guidance.fraction must be in [0, 1], found {fraction}")
+    require(guidance.min_on_policy_tokens >= 0, "guidance.min_on_policy_tokens must be >= 0")

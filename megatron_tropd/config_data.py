@@ -35,8 +35,10 @@ class DataConfig:
     """Where prompts come from. Files are JSONL: {"prompt": str or "messages": [...], "answer": str (optional),
     "id": str (optional)}, and what the line's verifier needs (docs/evaluation.md)."""
 
-    train: str
-    """JSONL of training prompts; or reasoning-gym:train, the tasks of the section tasks."""
+    train: str | dict[str, float]
+    """JSONL of training prompts; or reasoning-gym:train, the tasks of the section tasks; or a mixture of several,
+    {"math.jsonl": 3, "reasoning-gym:train": 1}, where a source's weight is its share of the prompts. Each source is
+    shuffled anew whenever it has been through."""
     validation: str | None = None
     """JSONL of held-out prompts with answers, or reasoning-gym:validation; None: no evaluation."""
     max_prompt_length: int = 1024

@@ -55,12 +55,13 @@ def snapshot(config: Config) -> dict[str, Any]:
     A file that is not there is left out: its command does not read it (``sft`` no teacher answers).
     """
     values = asdict(config)
-    named = {
-        name: path
-        for name, path in _flat(values).items()
-        if name in FILES and path is not None and path not in SOURCES and Path(path).is_file()
+    named = {name: value for name, value in _flat(values).items() if name in FILES and value is not None}
+    hashes = {
+        name: _content_hash(value)
+        for name, value in named.items()
+        if not isinstance(value, str) or (value not in SOURCES and Path(value).exists())
     }
-    return redacted(values) | {"files": {name: _sha256(Path(path)) for name, path in named.items()}}
+    return redacted(values) | {"files": hashes}
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -128,6 +129,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and not prefix else {f"{prefix}{name}": value}
         )
     return result
+
+
+def _content_hash(value: str | Mapping[str, float]) -> str:
+    """SHA-256 of a file, or one over the shards of a folder, or over the files of a mixture and its weights."""
+    if isinstance(value, str):
+        path = Path(value)
+        if not path.is_dir():
+            return _sha256(path)
+        parts = [(file.name, _sha256(file)) for file in sorted(path.glob("*.jsonl"))]
+    else:
+        parts = [(float(weight), name if name in SOURCES else _sha256(Path(name))) for name, weight in value.items()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ def read_prompts(
     *,
     max_answer_length: int | None = None,
     line_format: LineFormat | None = None,
+    source: str = "",
 ) -> tuple[list[Prompt], int]:
     """Prompts of a JSONL file, in its order, and how many were skipped for their length.
 
@@ -34,14 +35,16 @@ def read_prompts(
     ``tests`` and ``solution`` where a task has them; other keys are ignored. ``line_format`` says how a line is read.
     Lengths are in tokens. ``long_prompts`` says whether a line over budget is refused or skipped and counted. With
     ``max_answer_length`` (what SFT trains on) every line needs an answer or solution, of at most that many tokens with
-    its end token. Raises DataError with file and line for anything else, and for a file with no prompt to use.
+    its end token. A ``source`` is noted in every prompt, and put before ids that are line numbers. Raises DataError
+    with file and line for anything else, and for a file with no prompt to use.
     """
 
     def prompts() -> Iterator[tuple[str, Prompt]]:
         lines_of_ids: dict[str, int] = {}
         for number, line in read_objects(path):
             where = f"{path}:{number}"
-            prompt = Prompt(**vars(parse_line(line, where, str(number), tokenizer, line_format)))
+            default_id = f"{source}:{number}" if source else str(number)
+            prompt = Prompt(**vars(parse_line(line, where, default_id, tokenizer, line_format)), source=source)
             if prompt.id in lines_of_ids:
                 taken = lines_of_ids[prompt.id]
                 raise DataError(f"{where}: id {prompt.id!r} is taken by line {taken}: ids must differ")
@@ -114,14 +117,19 @@ class PromptOrder:
 
     num_prompts: int
     seed: int
+    source: int = 0
+    """Sources of a mixture are shuffled each in its own way."""
 
     def indices(self, start: int, count: int) -> list[int]:
         """Prompt indices at the positions [start, start + count)."""
         pairs = (divmod(position, self.num_prompts) for position in range(start, start + count))
-        return [_epoch_permutation(self.seed, epoch, self.num_prompts)[offset] for epoch, offset in pairs]
+        return [
+            _epoch_permutation(self.seed, epoch + (self.source << 32), self.num_prompts)[offset]
+            for epoch, offset in pairs
+        ]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _epoch_permutation(seed: int, epoch: int, num_prompts: int) -> list[int]:
     keys = uniforms(seed, Stream.PROMPT_ORDER, epoch, torch.arange(num_prompts))
     return torch.argsort(keys, stable=True).tolist()

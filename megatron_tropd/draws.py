@@ -34,7 +34,9 @@ class Stream(IntEnum):
     PREFIX_FRACTION = 3
     """Whether a rollout gets a teacher prefix (position 0)."""
     PROMPT_ORDER = 4
-    """The order of the prompts; sample id = epoch, position = prompt."""
+    """The order of the prompts; sample id = epoch + 2^32 x source, position = prompt."""
+    MIXTURE = 5
+    """Which source comes when; sample id = block of a mixture, position 0 its offset, then its places."""
 
 
 def uniforms(seed: int, stream: Stream, sample_ids: torch.Tensor | int, positions: torch.Tensor | int) -> torch.Tensor:

@@ -28,7 +28,8 @@ from megatron_tropd.planner import (
     student_layout,
     teacher_layout,
 )
-from megatron_tropd.run import check_tokenizer, export_reference, read_prompt_file, vocab_size
+from megatron_tropd.prompt_sources import read_prompt_file, read_training_prompts
+from megatron_tropd.run import check_tokenizer, export_reference, vocab_size
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.types import Prompt
@@ -111,13 +112,16 @@ def _check_output(config: Config, found: Findings) -> None:
 def _check_data(config: Config, tokenizer: Tokenizer, found: Findings) -> None:
     data = config.data
     prompts: list[Prompt] = []
-    for path in (data.validation, data.train):
-        if path is None:
-            continue
-        with found.collect():
-            prompts, num_skipped = read_prompt_file(config, tokenizer, path)
-            if num_skipped:
-                found.warnings.append(f"{path}: {num_skipped} prompts are over their length budget and are skipped")
+    skipped: dict[str, int] = {}
+    with found.collect():
+        mixture, skipped = read_training_prompts(config, tokenizer)
+        prompts = mixture.prompts
+    with found.collect():
+        if data.validation is not None:
+            _, skipped[data.validation] = read_prompt_file(config, tokenizer, data.validation)
+    for path, number in skipped.items():
+        if number:
+            found.warnings.append(f"{path}: {number} prompts are over their length budget and are skipped")
     answers = config.guidance.answers
     if resolved_schedule(config) == "none" or answers is None:
         return

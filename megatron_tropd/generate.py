@@ -14,8 +14,9 @@ from megatron_tropd.answers import AnswerHeader, AnswerWriter
 from megatron_tropd.config import Config, architecture
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.prompt_sources import read_training_prompts
 from megatron_tropd.rollout import RolloutEngine, build_engine
-from megatron_tropd.run import Run, load_teacher, open_run, read_prompt_file, vocab_size
+from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest
 
 
@@ -26,7 +27,7 @@ def generate(config: Config) -> None:
     left unfinished is continued; a finished one is left as it is.
     """
     with open_run(config, "generate") as run:
-        prompts, _ = read_prompt_file(config, run.tokenizer, config.data.train)
+        prompts = read_training_prompts(config, run.tokenizer)[0].prompts
         writer = _open_store(run)
         with writer or nullcontext():
             waiting = _unanswered(prompts, writer)

@@ -39,12 +39,14 @@ SUM_NAMES = (
 """Summed over positions; ``loss_terms`` is the denominator of the loss."""
 MAX_NAMES = ("negative_reward_max", "log_prob_gap_max")
 """Reduced by maximum (the minimum reward is minus the maximum of its negative)."""
+SOURCE_NAMES = ("loss", "tokens", "on_policy_tokens", "outlier", "reward")
+"""Summed over the positions of each source of a mixture; the key of a sum is ``name/source``."""
 
 
 def token_sums(
     batch: MicroBatch, loss_N: torch.Tensor, loss_terms: torch.Tensor, report: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """One micro-batch's contribution, float64 ``[len(SUM_NAMES) + len(MAX_NAMES)]``, detached.
+    """One micro-batch's contribution, float64, detached: SUM_NAMES, then SOURCE_NAMES x sources, then MAX_NAMES.
 
     ``loss_N`` and the report's tensors hold one value for each position that carries loss, weighted as in the loss.
     """
@@ -83,7 +85,28 @@ def token_sums(
         _maximum(-report["reward"], on_policy_N) if "reward" in report else _maximum(loss_N, nowhere_N),
         _maximum(gap_N, on_policy_N),
     ]
-    return torch.stack(sums + maxima).detach()
+    return torch.cat(
+        [torch.stack(sums), _source_sums(batch, loss_N, on_policy_N, report), torch.stack(maxima)]
+    ).detach()
+
+
+def _source_sums(
+    batch: MicroBatch, loss_N: torch.Tensor, on_policy_N: torch.Tensor, report: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """float64 ``[len(SOURCE_NAMES) * sources]``; empty without a mixture."""
+    sums = loss_N.new_zeros((len(SOURCE_NAMES), len(batch.source_names)), dtype=torch.float64)
+    if batch.sources_N is None:
+        return sums.flatten()
+    nothing_N = torch.zeros_like(loss_N, dtype=torch.float64)
+    outlier_N, reward_N = (report[n].double() if n in report else nothing_N for n in ("outlier", "reward"))
+    values = [
+        loss_N.detach().double(),
+        torch.ones_like(nothing_N),
+        on_policy_N.double(),
+        outlier_N.where(on_policy_N, 0),
+        reward_N.where(on_policy_N, 0),
+    ]
+    return sums.index_add(1, batch.sources_N, torch.stack(values).detach()).flatten()
 
 
 def _sum(values_N: torch.Tensor, mask_N: torch.Tensor) -> torch.Tensor:
@@ -95,25 +118,28 @@ def _maximum(values_N: torch.Tensor, mask_N: torch.Tensor) -> torch.Tensor:
     return torch.cat((values_N.double().where(mask_N, -torch.inf), nothing)).max()
 
 
-def reduce_sums(micro_batch_sums: list[torch.Tensor], layout: Layout) -> dict[str, float]:
+def reduce_sums(
+    micro_batch_sums: list[torch.Tensor], layout: Layout, source_names: Sequence[str] = ()
+) -> dict[str, float]:
     """Combine ``token_sums`` of all micro-batches and replicas; every rank of every stage returns the same numbers.
 
     ``micro_batch_sums`` is empty on stages before the last.
     """
-    size = len(SUM_NAMES) + len(MAX_NAMES)
-    sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=layout.device)
+    sum_names = (*SUM_NAMES, *(f"{name}/{source}" for name in SOURCE_NAMES for source in source_names))
+    size = len(sum_names) + len(MAX_NAMES)
+    sums = torch.zeros(len(sum_names), dtype=torch.float64, device=layout.device)
     maxima = torch.full((len(MAX_NAMES),), -torch.inf, dtype=torch.float64, device=layout.device)
     if micro_batch_sums:
         stacked = torch.stack(micro_batch_sums)
         assert stacked.shape[1] == size
-        sums, maxima = stacked[:, : len(SUM_NAMES)].sum(0), stacked[:, len(SUM_NAMES) :].amax(0)
+        sums, maxima = stacked[:, : len(sum_names)].sum(0), stacked[:, len(sum_names) :].amax(0)
         dist.all_reduce(sums, group=layout.groups.dp_cp)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.groups.dp_cp)
     packed = torch.cat([sums, maxima])
     if layout.pipeline_size > 1:
         last = dist.get_process_group_ranks(layout.groups.pp)[-1]
         dist.broadcast(packed, src=last, group=layout.groups.pp)
-    return dict(zip(SUM_NAMES + MAX_NAMES, packed.tolist(), strict=True))
+    return dict(zip(sum_names + MAX_NAMES, packed.tolist(), strict=True))
 
 
 def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
@@ -145,6 +171,25 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "log_prob_gap": sums["log_prob_gap"] / on_policy,
         "log_prob_gap_max": sums["log_prob_gap_max"] if any_on_policy else 0.0,
     }
+
+
+def source_metrics(sums: Mapping[str, float], source_names: Sequence[str]) -> dict[str, float]:
+    """The same for each source of a mixture, under ``name/source``, where the step has tokens of it.
+
+    ``loss`` is per response token of the source, ``reward`` and ``outlier_share`` over its on-policy tokens;
+    ``token_share`` is its part of the response tokens.
+    """
+    total = max(1.0, sum(sums[f"tokens/{source}"] for source in source_names))
+    metrics: dict[str, float] = {}
+    for source in source_names:
+        loss, tokens, on_policy, outlier, reward = (sums[f"{name}/{source}"] for name in SOURCE_NAMES)
+        metrics[f"token_share/{source}"] = tokens / total
+        if tokens:
+            metrics[f"loss/{source}"] = loss / tokens
+        if on_policy:
+            metrics[f"reward/{source}"] = reward / on_policy
+            metrics[f"outlier_share/{source}"] = outlier / on_policy
+    return metrics
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], layout: Layout) -> dict[str, float]:

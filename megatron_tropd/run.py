@@ -22,7 +22,6 @@ from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_parser import save_config
-from megatron_tropd.data import procedural_prompts, read_prompts
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.guard import Guard
@@ -33,15 +32,12 @@ from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
-from megatron_tropd.procedural import SOURCES, make_tasks
-from megatron_tropd.prompt_lines import LineFormat
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.step import Learner
 from megatron_tropd.tokenizer import HuggingFaceTokenizer, Tokenizer, huggingface_fingerprint
 from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
 from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.trackers import require_trackers
-from megatron_tropd.types import Prompt
 from megatron_tropd.watchdog import Watchdog
 from megatron_tropd.writing import BackgroundWriter
 
@@ -155,39 +151,6 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         watchdog.stop()
         signal.signal(signal.SIGTERM, previous)
         distributed.finish(layout)
-
-
-def read_prompt_file(
-    config: Config, tokenizer: Tokenizer, path: str, *, max_answer_length: int | None = None
-) -> tuple[list[Prompt], int]:
-    """Prompts of a file, or procedural tasks, as the config says; and how many were skipped for their length."""
-    data, tasks = config.data, config.tasks
-    if path in SOURCES:
-        made = make_tasks(
-            tasks.kinds,
-            SOURCES[path],
-            seed=tasks.seed,
-            level=tasks.level,
-            num_train=tasks.num_train,
-            num_validation=tasks.num_validation,
-        )
-        return procedural_prompts(
-            made,
-            tokenizer,
-            data.max_prompt_length,
-            data.long_prompts,
-            source=vars(tasks),
-            max_answer_length=max_answer_length,
-            prompt_template=data.prompt_template,
-        )
-    return read_prompts(
-        path,
-        tokenizer,
-        data.max_prompt_length,
-        data.long_prompts,
-        max_answer_length=max_answer_length,
-        line_format=LineFormat(data.verifier, data.prompt_key, data.answer_key, data.prompt_template),
-    )
 
 
 def load_student(run: Run) -> GPTModel:

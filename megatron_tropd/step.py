@@ -24,7 +24,7 @@ from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.guard import Guard, RefusedStepError
 from megatron_tropd.loss_report import LossReport
-from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
+from megatron_tropd.metrics import reduce_sums, source_metrics, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
 from megatron_tropd.phases import Phases
@@ -106,7 +106,7 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     learner.phases.add("teacher", teacher_seconds)
     learner.phases.begin("optimizer")
     _refuse_non_finite(learner, batch, sums, bad_samples)
-    metrics = step_metrics(sums)
+    metrics = step_metrics(sums) | source_metrics(sums, batch.micro_batches[0].source_names)
     _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)
     if learner.replicas is not None:
         learner.replicas.before_update(batch.step, learner.stage)
@@ -151,7 +151,7 @@ def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], 
         p2p_communicator=build_communicator(learner.stage, learner.layout.groups.pp),
         pg_collection=learner.layout.groups,
     )
-    return reduce_sums(micro_batch_sums, learner.layout), bad_samples
+    return reduce_sums(micro_batch_sums, learner.layout, first.source_names), bad_samples
 
 
 def _forward_step(

@@ -15,15 +15,16 @@ from tqdm import tqdm
 from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
 from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
-from megatron_tropd.data import PromptOrder
 from megatron_tropd.evaluate import Evaluator, check_prompts, verifier_options
 from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
+from megatron_tropd.mixture import Mixture
 from megatron_tropd.objectives import preset
+from megatron_tropd.prompt_sources import read_training_prompts
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
-from megatron_tropd.run import Run, build_learner, export, open_run, read_prompt_file, resume, save
+from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import task_advantages
@@ -45,10 +46,10 @@ def train(config: Config) -> None:
     options = {name: value for name, value in asdict(config.objective_options).items() if value is not None}
     objective = preset(config.objective, **options)
     with open_run(config, "train") as run:
-        prompts = _read_prompts(run)
+        mixture = _read_prompts(run, samples_per_prompt=config.rollout.samples_per_prompt)
         if objective.task_reward:
-            check_prompts(prompts, run.layout, verifier_options(config.evaluation))
-        store = _read_answers(run, prompts)
+            check_prompts(mixture.prompts, run.layout, verifier_options(config.evaluation))
+        store = _read_answers(run, mixture.prompts)
         learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
         engine = build_engine(
             learner.stage.module,
@@ -62,7 +63,7 @@ def train(config: Config) -> None:
 
         def generate(step: int, batch: int) -> list[Rollout]:
             requests = build_requests(
-                _prompts_of_batch(run, prompts, batch, config.rollout.samples_per_prompt),
+                mixture.of_batch(batch),
                 step=batch,
                 samples_per_prompt=config.rollout.samples_per_prompt,
                 seed=config.training.seed,
@@ -79,18 +80,18 @@ def train(config: Config) -> None:
             )
             return engine.generate(mine, max_response_length=config.rollout.max_response_length)
 
-        run_steps(run, learner, generate)
+        run_steps(run, learner, generate, mixture)
 
 
 def sft(config: Config) -> None:
     """Train ``config.student`` on the reference answers of ``data.train`` by negative log-likelihood."""
     with open_run(config, "sft") as run:
-        prompts = _read_prompts(run, max_answer_length=config.rollout.max_response_length)
+        mixture = _read_prompts(run, samples_per_prompt=1, max_answer_length=config.rollout.max_response_length)
         learner = build_learner(run, preset("sft"), with_teacher=False)
 
         def answers(_step: int, batch: int) -> list[Rollout]:
             rollouts = answers_as_rollouts(
-                _prompts_of_batch(run, prompts, batch, 1),
+                mixture.of_batch(batch),
                 encode=run.tokenizer.encode,
                 eos_id=run.tokenizer.eos_id,
                 first_sample_id=batch * config.training.global_batch_size,
@@ -100,10 +101,10 @@ def sft(config: Config) -> None:
                 rollouts, lengths, rank=run.layout.data_parallel_rank, size=run.layout.data_parallel_size
             )
 
-        run_steps(run, learner, answers)
+        run_steps(run, learner, answers, mixture)
 
 
-def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
+def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: Mixture) -> None:
     """Steps from where the run folder stands to ``training.train_iters``, with evaluations, logs and checkpoints.
 
     After SIGTERM on any rank the step in hand is finished and saved, and the function returns. What follows a refused
@@ -128,7 +129,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories) -> None:
         monitor.begin_step(step)
         metrics = _evaluate(run, evaluator) if _evaluates(training.eval_interval, step) else {}
         try:
-            metrics |= _one_step(run, learner, trajectories, step)
+            metrics |= _one_step(run, learner, trajectories, mixture, step)
         except RefusedStepError as error:
             metrics["refused_steps"] = _count_refusal(learner, error)
             if run.config.guard.on_refused == "rollback":
@@ -171,7 +172,7 @@ def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
     return evaluator()
 
 
-def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int) -> dict[str, float]:
+def _one_step(run: Run, learner: Learner, trajectories: Trajectories, mixture: Mixture, step: int) -> dict[str, float]:
     training, layout = run.config.training, run.layout
     started = perf_counter()
     phases = run.monitor.phases
@@ -211,6 +212,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         pad_to_multiple_of=learner.sequence_multiple,
         selected=selected,
         advantages=advantages,
+        source_names=mixture.source_names,
         device=layout.device,
     )
     if learner.observe is not None:
@@ -231,6 +233,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, step: int)
         **extra_metrics,
         **rollout_metrics(rollouts, layout),
         "padding_share": padding_share(rollouts, batch, layout),
+        **mixture.epochs(batch_index),
         "max_prefix_length": float(_max_prefix_length(run.config, step)),
         "tokens_per_second": metrics["response_tokens"] / seconds,
         "seconds_rollout": seconds_rollout,
@@ -290,12 +293,14 @@ def _max_prefix_length(config: Config, step: int) -> int:
     return max_prefix_length(resolved_schedule(config), step, config.training.train_iters, longest)
 
 
-def _read_prompts(run: Run, *, max_answer_length: int | None = None) -> list[Prompt]:
-    data = run.config.data
-    prompts, num_skipped = read_prompt_file(run.config, run.tokenizer, data.train, max_answer_length=max_answer_length)
-    if num_skipped and run.layout.is_main:
-        logger.warning("%s: skipped %d prompts over their length budget", data.train, num_skipped)
-    return prompts
+def _read_prompts(run: Run, *, samples_per_prompt: int, max_answer_length: int | None = None) -> Mixture:
+    mixture, skipped = read_training_prompts(
+        run.config, run.tokenizer, samples_per_prompt=samples_per_prompt, max_answer_length=max_answer_length
+    )
+    for path, number in skipped.items():
+        if number and run.layout.is_main:
+            logger.warning("%s: skipped %d prompts over their length budget", path, number)
+    return mixture
 
 
 def _read_answers(run: Run, prompts: Sequence[Prompt]) -> AnswerStore | None:
@@ -306,12 +311,6 @@ def _read_answers(run: Run, prompts: Sequence[Prompt]) -> AnswerStore | None:
     for prompt in prompts:
         store.answer(prompt, 0)  # a prompt without an answer is found now, not at the step that meets it
     return store
-
-
-def _prompts_of_batch(run: Run, prompts: Sequence[Prompt], batch: int, samples_per_prompt: int) -> list[Prompt]:
-    count = run.config.training.global_batch_size // samples_per_prompt
-    order = PromptOrder(len(prompts), run.config.training.seed)
-    return [prompts[index] for index in order.indices(batch * count, count)]
 
 
 def _write_samples(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:

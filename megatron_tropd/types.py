@@ -42,6 +42,8 @@ class Prompt:
     """A worked solution that ends in the answer, for SFT; "" : the answer alone."""
     details: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the verifier needs beside the answer (``verify.verify``)."""
+    source: str = ""
+    """Names its prompt file in a mixture of several, "" without one."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class MicroBatch:
     """The sample of each row; -1 for a row that only pads the micro-batch."""
     num_loss_terms: int
     """This micro-batch's share of the global denominator (response positions, or sequences); 0 is allowed."""
+    source_names: tuple[str, ...] = ()
+    """The sources of a mixture of prompt files, for metrics; () without one."""
+    sources_N: torch.Tensor | None = None
+    """int64: index in ``source_names`` for each of ``loss_positions_N``; None without a mixture."""
 
 
 @dataclass(frozen=True)

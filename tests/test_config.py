@@ -217,6 +217,8 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"guidance": {"answers": None}, "objective": "seq-kd"}, 1, "train", "constant needs teacher answers"),
         ({"guidance": {"schedule": "none"}, "objective": "seq-kd"}, 1, "train", "use guidance.schedule=constant"),
         ({"guidance": {"answers": None}}, 1, "generate", "`generate` needs guidance.answers"),
+        ({"data": {"train": {}}}, 1, "train", "data.train is a mixture without files"),
+        ({"data": {"train": {"a.jsonl": 1, "b.jsonl": 0}}}, 1, "train", "weight of b.jsonl must be a positive number"),
         ({"guidance": {"max_prefix_length": 9999}}, 1, "train", "must be between 0 and rollout.max_response_length"),
         ({"guidance": {"fraction": 1.5}}, 1, "train", r"guidance.fraction must be in \[0, 1\]"),
         ({"teacher": None}, 1, "train", "`train` needs a teacher"),

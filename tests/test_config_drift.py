@@ -90,6 +90,28 @@ def test_an_input_file_is_what_is_in_it(config: Config, tmp_path: Path) -> None:
         check_drift(before, snapshot(config), allow=False)
 
 
+def test_mixtures_and_shards_are_what_is_in_them(config: Config, tmp_path: Path) -> None:
+    def with_files(train: dict[str, float]) -> dict[str, Any]:
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, train=train))
+        shards = dataclasses.replace(config.guidance, answers=str(folder))
+        return snapshot(dataclasses.replace(changed, guidance=shards))
+
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    shard = folder / "shard_0.jsonl"
+    shard.write_text("{}\n")
+    one, other = str(config.data.train), str(tmp_path / "other.jsonl")
+    Path(other).write_text('{"prompt": "2+2="}\n')
+    before = with_files({one: 3, other: 1, "reasoning-gym:train": 1})
+    assert compare(before, with_files({one: 3.0, other: 1.0, "reasoning-gym:train": 1.0})) == ([], [])
+    # The order of the files decides which prompt comes when.
+    for changed in ({one: 2, other: 1, "reasoning-gym:train": 1}, {other: 1, one: 3, "reasoning-gym:train": 1}):
+        assert [line.split(":")[0] for line in compare(before, with_files(changed))[1]] == ["data.train"]
+    shard.write_text("{}\n{}\n")
+    allowed, refused = compare(before, with_files({one: 3, other: 1, "reasoning-gym:train": 1}))
+    assert not allowed and [line.split(":")[0] for line in refused] == ["guidance.answers"]
+
+
 def test_defaults_written_out_and_fields_of_another_version_are_no_change(config: Config) -> None:
     before = snapshot(config)
     after = _with(_with(before, "student.num_query_groups", 4), "student.kv_channels", 8)

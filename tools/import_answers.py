@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="conversations, read in this order")
-    parser.add_argument("--prompts", required=True, help="the prompt file that data.train will name")
+    parser.add_argument("--prompts", nargs="+", required=True, help="the prompt files of data.train")
     parser.add_argument("--out", required=True, help="the store: a file, or with --num-shards a folder")
     parser.add_argument("--num-shards", type=int, default=0, help="0: one file")
     parser.add_argument("--answers-per-prompt", type=int, help="take no more than this many; default: all")

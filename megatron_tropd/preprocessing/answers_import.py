@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megatron_tropd.answers import AnswerHeader, AnswerWriter, prompt_digest
 from megatron_tropd.data import read_prompts
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.mixture import read_mixture
 from megatron_tropd.preprocessing.examples import Example, Field, Keys, read_example
 from megatron_tropd.preprocessing.sources import read_chunks, size_on_disk
 from megatron_tropd.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class ImportReport:
 
 def import_answers(
     inputs: Sequence[str],
-    prompts_path: str | Path,
+    prompts_paths: Sequence[str],
     out: str | Path,
     tokenizer: Tokenizer,
     *,
@@ -51,7 +52,7 @@ def import_answers(
     chat: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> ImportReport:
-    """Write ``out``, a store with the answers to the prompts of a prompt file, matched by the prompts' ids.
+    """Write ``out``, a store with the answers to the prompts of the prompt files, matched by the prompts' token ids.
 
     ``inputs`` are conversations that end with the assistant, or prompts with answers, in any input format. ``out`` is a
     file, or with ``num_shards`` a folder of that many. It takes its name when it is whole: an import that was cut off
@@ -61,7 +62,11 @@ def import_answers(
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists: choose another --out, or remove it")
-    prompts, _ = read_prompts(prompts_path, tokenizer, _ANY_LENGTH, "skip")
+    mixture, _ = read_mixture(
+        dict.fromkeys(prompts_paths, 1.0),
+        lambda path, source: read_prompts(path, tokenizer, _ANY_LENGTH, "skip", source=source),
+    )
+    prompts = mixture.prompts
     by_digest: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_digest.setdefault(prompt_digest(prompt), []).append(prompt)
@@ -92,8 +97,8 @@ def import_answers(
     if not report.written:
         _remove(partial, num_shards)
         raise DataError(
-            f"none of the {report.of_other_prompts} conversations answers a prompt of {prompts_path}: both are "
-            "compared by their ids, so the chat template and its options must be those that the prompts are read with"
+            f"none of the {report.of_other_prompts} conversations answers a prompt of {', '.join(prompts_paths)}: both "
+            "are compared by their ids, so the chat template and its options must be those of the training run"
         )
     os.rename(partial, out)
     report.without_answer = sum(not met[prompt.id] for prompt in prompts)

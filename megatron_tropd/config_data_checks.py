@@ -1,0 +1,47 @@
+"""What the sections about text may say, alone and together. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_tropd.config import Config
+from megatron_tropd.config_require import require
+
+
+def check_data(config: Config) -> None:
+    """Prompt files and procedural tasks. Raises ConfigError."""
+    _check_mixture(config.data.train)
+    _check_tasks(config)
+    require(
+        config.data.prompt_template.count("{prompt}") == 1,
+        f"data.prompt_template must contain {{prompt}} once, found {config.data.prompt_template!r}",
+    )
+
+
+def _check_mixture(train: str | dict[str, float]) -> None:
+    if isinstance(train, str):
+        return
+    require(len(train) > 0, "data.train is a mixture without files: name at least one, {path: weight}")
+    for path, weight in train.items():
+        require(
+            math.isfinite(weight) and weight > 0,
+            f"data.train: the weight of {path} must be a positive number, found {weight}; take the file out instead",
+        )
+
+
+def _check_tasks(config: Config) -> None:
+    train = config.data.train
+    sources = [*([train] if isinstance(train, str) else train), config.data.validation or "", *config.evaluation.files]
+    for source in sources:
+        require(
+            not source.startswith("reasoning-gym") or source in ("reasoning-gym:train", "reasoning-gym:validation"),
+            f"{source!r} is neither a file nor reasoning-gym:train nor reasoning-gym:validation",
+        )
+        require(
+            not source.startswith("reasoning-gym") or len(config.tasks.kinds) > 0,
+            f"{source} needs tasks.kinds, such as {{chain_sum: {{}}}}",
+        )
+    require(
+        config.data.validation != "reasoning-gym:train" and "reasoning-gym:train" not in config.evaluation.files,
+        "held-out prompts must not be those of training: use reasoning-gym:validation",
+    )

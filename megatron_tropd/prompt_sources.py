@@ -1,0 +1,69 @@
+"""The prompts that a config names: files, procedural tasks, and mixtures of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from megatron_tropd.config import Config
+from megatron_tropd.data import procedural_prompts, read_prompts
+from megatron_tropd.mixture import Mixture, read_mixture
+from megatron_tropd.procedural import SOURCES, make_tasks
+from megatron_tropd.prompt_lines import LineFormat
+from megatron_tropd.tokenizer import Tokenizer
+from megatron_tropd.types import Prompt
+
+
+def read_training_prompts(
+    config: Config, tokenizer: Tokenizer, *, samples_per_prompt: int = 1, max_answer_length: int | None = None
+) -> tuple[Mixture, dict[str, int]]:
+    """The prompts of ``data.train`` in their order, and how many of each source were skipped for their length.
+
+    ``max_answer_length`` as in ``read_prompt_file``; a step takes ``global_batch_size / samples_per_prompt`` prompts.
+    """
+    train, training = config.data.train, config.training
+    return read_mixture(
+        {train: 1.0} if isinstance(train, str) else train,
+        partial(read_prompt_file, config, tokenizer, max_answer_length=max_answer_length),
+        seed=training.seed,
+        prompts_per_step=training.global_batch_size // samples_per_prompt,
+    )
+
+
+def read_prompt_file(
+    config: Config, tokenizer: Tokenizer, path: str, source: str = "", *, max_answer_length: int | None = None
+) -> tuple[list[Prompt], int]:
+    """Prompts of a file, or procedural tasks, as the config says; and how many were skipped for their length.
+
+    ``source`` names them in a mixture. With ``max_answer_length`` (what SFT trains on) each needs an answer or
+    solution of at most that many tokens.
+    """
+    data, tasks = config.data, config.tasks
+    if path in SOURCES:
+        made = make_tasks(
+            tasks.kinds,
+            SOURCES[path],
+            seed=tasks.seed,
+            level=tasks.level,
+            num_train=tasks.num_train,
+            num_validation=tasks.num_validation,
+        )
+        prompts, num_skipped = procedural_prompts(
+            made,
+            tokenizer,
+            data.max_prompt_length,
+            data.long_prompts,
+            source=vars(tasks),
+            max_answer_length=max_answer_length,
+            prompt_template=data.prompt_template,
+        )
+        return [replace(prompt, source=source) for prompt in prompts], num_skipped
+    return read_prompts(
+        path,
+        tokenizer,
+        data.max_prompt_length,
+        data.long_prompts,
+        max_answer_length=max_answer_length,
+        line_format=LineFormat(data.verifier, data.prompt_key, data.answer_key, data.prompt_template),
+        source=source,
+    )
