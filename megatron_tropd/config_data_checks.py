@@ -5,16 +5,35 @@ from __future__ import annotations
 import math
 
 from megatron_tropd.config import Config
+from megatron_tropd.config_data import TokenizerConfig
 from megatron_tropd.config_require import require
 
 
 def check_data(config: Config) -> None:
-    """Prompt files and procedural tasks. Raises ConfigError."""
+    """Tokenizers, prompt files and procedural tasks. Raises ConfigError."""
+    _check_tokenizer(config.tokenizer)
     _check_mixture(config.data.train)
     _check_tasks(config)
     require(
         config.data.prompt_template.count("{prompt}") == 1,
         f"data.prompt_template must contain {{prompt}} once, found {config.data.prompt_template!r}",
+    )
+
+
+def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
+    """No option that its kind would ignore."""
+    kind, has_template = tokenizer.kind, tokenizer.chat_template is not None or bool(tokenizer.chat_template_kwargs)
+    require(
+        kind in ("huggingface", "tiktoken") or not has_template,
+        f"tokenizer.chat_template and chat_template_kwargs need control tokens; kind={kind} has none: use huggingface",
+    )
+    require(
+        kind == "tiktoken" or not tokenizer.megatron_options,
+        f"tokenizer.megatron_options are those of kind=tiktoken, found {kind}: take them out",
+    )
+    require(
+        kind != "characters" or tokenizer.teacher is None,
+        "tokenizer.teacher is a path, and kind=characters has none: take it out, both models share the alphabet",
     )
 
 

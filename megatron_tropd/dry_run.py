@@ -28,7 +28,7 @@ from megatron_tropd.planner import (
     student_layout,
     teacher_layout,
 )
-from megatron_tropd.prompt_sources import read_prompt_file, read_training_prompts
+from megatron_tropd.prompt_sources import read_prompt_file, read_training_prompts, refuse_unshared
 from megatron_tropd.run import check_tokenizer, export_reference, vocab_size
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.tokenizer_builder import build_tokenizers
@@ -88,7 +88,7 @@ def check(config: Config, world_size: int) -> Findings:
     if not tokenizers:
         return found  # files of text cannot be read without
     tokenizer, teacher_tokenizer = tokenizers
-    _check_data(config, tokenizer, found)
+    _check_data(config, tokenizer, teacher_tokenizer, found)
     models = ("student", config.student, tokenizer), ("teacher", config.teacher, teacher_tokenizer)
     for name, model, own_tokenizer in models:
         if model is not None:
@@ -109,13 +109,14 @@ def _check_output(config: Config, found: Findings) -> None:
         found.problems.append(f"output_dir {folder}: {existing} is not writable: choose another folder")
 
 
-def _check_data(config: Config, tokenizer: Tokenizer, found: Findings) -> None:
+def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, found: Findings) -> None:
     data = config.data
     prompts: list[Prompt] = []
     skipped: dict[str, int] = {}
     with found.collect():
         mixture, skipped = read_training_prompts(config, tokenizer)
         prompts = mixture.prompts
+        refuse_unshared(prompts, tokenizer, teacher_tokenizer)
     with found.collect():
         if data.validation is not None:
             _, skipped[data.validation] = read_prompt_file(config, tokenizer, data.validation)
@@ -131,7 +132,9 @@ def _check_data(config: Config, tokenizer: Tokenizer, found: Findings) -> None:
         )
         return
     with found.collect():
-        store = AnswerStore.read(answers, tokenizer.fingerprint, tokenizer.vocab_size)
+        store = AnswerStore.read(
+            answers, tokenizer.fingerprint, min(tokenizer.vocab_size, teacher_tokenizer.vocab_size)
+        )
         for prompt in prompts:
             store.answer(prompt, 0)
 

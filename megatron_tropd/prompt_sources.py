@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from megatron_tropd.config import Config
 from megatron_tropd.data import procedural_prompts, read_prompts
+from megatron_tropd.jsonl import DataError
 from megatron_tropd.mixture import Mixture, read_mixture
 from megatron_tropd.procedural import SOURCES, make_tasks
 from megatron_tropd.prompt_lines import LineFormat
@@ -67,3 +69,14 @@ def read_prompt_file(
         line_format=LineFormat(data.verifier, data.prompt_key, data.answer_key, data.prompt_template),
         source=source,
     )
+
+
+def refuse_unshared(prompts: Sequence[Prompt], tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> None:
+    """Raise DataError for a prompt with an id that only the student's tokenizer has: the teacher cannot read it."""
+    size = teacher_tokenizer.vocab_size
+    for prompt in prompts if size < tokenizer.vocab_size else ():
+        if max(prompt.tokens) >= size:
+            raise DataError(
+                f"prompt {prompt.id!r} has the id {max(prompt.tokens)}, the teacher's tokenizer only {size} ids: take "
+                "the prompt out, or use a teacher that knows the token"
+            )

@@ -21,7 +21,7 @@ from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.mixture import Mixture
 from megatron_tropd.objectives import preset
-from megatron_tropd.prompt_sources import read_training_prompts
+from megatron_tropd.prompt_sources import read_training_prompts, refuse_unshared
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
 from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
@@ -49,6 +49,7 @@ def train(config: Config) -> None:
         mixture = _read_prompts(run, samples_per_prompt=config.rollout.samples_per_prompt)
         if objective.task_reward:
             check_prompts(mixture.prompts, run.layout, verifier_options(config.evaluation))
+        refuse_unshared(mixture.prompts, run.tokenizer, run.teacher_tokenizer)
         store = _read_answers(run, mixture.prompts)
         learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
         engine = build_engine(
@@ -307,7 +308,8 @@ def _read_answers(run: Run, prompts: Sequence[Prompt]) -> AnswerStore | None:
     if resolved_schedule(run.config) == "none":
         return None
     assert run.config.guidance.answers is not None  # validate() has refused a schedule without a store
-    store = AnswerStore.read(run.config.guidance.answers, run.tokenizer.fingerprint, run.tokenizer.vocab_size)
+    shared_size = min(run.tokenizer.vocab_size, run.teacher_tokenizer.vocab_size)
+    store = AnswerStore.read(run.config.guidance.answers, run.tokenizer.fingerprint, shared_size)
     for prompt in prompts:
         store.answer(prompt, 0)  # a prompt without an answer is found now, not at the step that meets it
     return store

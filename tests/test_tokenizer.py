@@ -15,6 +15,8 @@ from megatron_tropd.tokenizer import CharacterTokenizer, ChatOptions, HuggingFac
 from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
 from megatron_tropd.tokenizer_builder import build_tokenizer, build_tokenizers
 from tests import tokenizers_made as made
+from tests.ranks import run_ranks
+from tests.test_run import _metrics, _train, config_file
 
 MESSAGES = [
     {"role": "system", "content": "Answer briefly."},
@@ -182,3 +184,26 @@ def test_sentencepiece_models_agree_or_not(folder: Path, tmp_path: Path) -> None
     assert shared_vocab_size(CharacterTokenizer("ab"), CharacterTokenizer("abc")) == 4
     with pytest.raises(TokenizerMismatchError, match="2: 'a' and 'b'"):
         shared_vocab_size(CharacterTokenizer("ab"), CharacterTokenizer("ba"))
+
+
+def test_a_run_whose_teacher_has_more_ids_or_fewer(tmp_path: Path, folder: Path) -> None:
+    longer = made.save_byte_level_bpe(tmp_path / "longer", extra=("<tool>", "</tool>"))
+    plain, special = tmp_path / "plain.jsonl", tmp_path / "special.jsonl"
+    plain.write_text("".join(json.dumps({"messages": MESSAGES[:1], "id": str(index)}) + "\n" for index in range(8)))
+    special.write_text(plain.read_text() + json.dumps({"prompt": "use a <tool>", "id": "8"}) + "\n")
+    changes: dict[str, Any] = {
+        "guidance": {"schedule": "none", "answers": None},
+        "training": {"train_iters": 1, "eval_interval": 0},
+    }
+    for student, teacher, prompts in ((folder, longer, special), (longer, folder, plain), (longer, folder, special)):
+        tokenizer = {"kind": "huggingface", "model": str(student), "teacher": str(teacher), "alphabet": ""}
+        data = {"train": str(prompts), "validation": None, "max_prompt_length": 60}
+        path = config_file(
+            tmp_path / f"{student.name}_{prompts.stem}", tmp_path, tokenizer=tokenizer, data=data, **changes
+        )
+        if student == longer and prompts == special:
+            with pytest.raises(AssertionError, match="prompt '8' has the id 400, the teacher's tokenizer only 400 ids"):
+                run_ranks(1, _train, str(path), None, timeout=100, init_process_group=False)
+            continue
+        run_ranks(1, _train, str(path), None, timeout=100, init_process_group=False)
+        assert _metrics(path.parent / "run")[0]["response_tokens"] > 0
