@@ -133,13 +133,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _content_hash(value: str | Mapping[str, float]) -> str:
     """SHA-256 of a file, or one over the shards of a folder, or over the files of a mixture and its weights."""
-    if isinstance(value, str):
-        path = Path(value)
-        if not path.is_dir():
-            return _sha256(path)
-        parts = [(file.name, _sha256(file)) for file in sorted(path.glob("*.jsonl"))]
+    parts: list[tuple[str, str]]
+    if not isinstance(value, str):
+        parts = [
+            (str(float(weight)), name if name in SOURCES else _sha256(Path(name))) for name, weight in value.items()
+        ]
+    elif Path(value).is_dir():
+        parts = [(file.name, _sha256(file)) for file in sorted(Path(value).glob("*.jsonl"))]
     else:
-        parts = [(float(weight), name if name in SOURCES else _sha256(Path(name))) for name, weight in value.items()]
+        return _sha256(Path(value))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
