@@ -20,6 +20,9 @@ class TokenizerConfig:
     teacher: str | None = None
     """The teacher's own tokenizer, of the same kind; None: the student's. It may have more ids at the end, or fewer;
     anything else is refused. Only the shared ids take part in the loss."""
+    special_token_map: dict[str, str] = field(default_factory=dict)
+    """Special tokens that the teacher has under another name or id, as {"<|endoftext|>": "<|im_end|>"}, the student's
+    first: the teacher reads the second for the first, and judges the first by its probability of the second."""
     chat_template: str | None = None
     """Path of a Jinja template for prompts given as messages; None: the tokenizer's own."""
     add_generation_prompt: bool = True

@@ -32,6 +32,15 @@ def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
         f"tokenizer.megatron_options are those of kind=tiktoken, found {kind}: take them out",
     )
     require(
+        kind in ("huggingface", "sentencepiece") or not tokenizer.special_token_map,
+        f"tokenizer.special_token_map is for kind=huggingface and sentencepiece, found {kind}: take it out",
+    )
+    require(
+        tokenizer.teacher is not None or not tokenizer.special_token_map,
+        "tokenizer.special_token_map says what the teacher's tokenizer has for tokens of the student's: set "
+        "tokenizer.teacher, or take it out",
+    )
+    require(
         kind != "characters" or tokenizer.teacher is None,
         "tokenizer.teacher is a path, and kind=characters has none: take it out, both models share the alphabet",
     )

@@ -32,7 +32,9 @@ from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
+from megatron_tropd.relabel import relabel_vocabulary
 from megatron_tropd.replicas import ReplicaCheck
+from megatron_tropd.special_tokens import map_special_tokens
 from megatron_tropd.step import Learner
 from megatron_tropd.tokenizer import HuggingFaceTokenizer, Tokenizer, huggingface_fingerprint
 from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
@@ -160,16 +162,15 @@ def load_student(run: Run) -> GPTModel:
 
 
 def load_teacher(run: Run, layout: Layout | None = None) -> GPTModel:
-    """The frozen teacher's slice on this rank, in the run's layout or its own."""
+    """The frozen teacher's slice on this rank, in the run's layout or its own. It speaks the student's ids."""
     assert run.config.teacher is not None  # validate() has refused a run without
-    return _load(
-        run,
-        layout or run.layout,
-        run.config.teacher,
-        build_teacher,
-        run.teacher_tokenizer,
-        seed=run.config.training.seed + 1,
+    layout = layout or run.layout
+    teacher = _load(
+        run, layout, run.config.teacher, build_teacher, run.teacher_tokenizer, seed=run.config.training.seed + 1
     )
+    mapped = map_special_tokens(run.tokenizer, run.teacher_tokenizer, run.config.tokenizer.special_token_map)
+    relabel_vocabulary(teacher, mapped, layout.groups.tp)
+    return teacher
 
 
 def load_teacher_ahead(run: Run) -> TeacherAhead:

@@ -1,7 +1,7 @@
 """Whether two tokenizers are one: every id the same token, every text the same ids, the same end of text.
 
 The loss compares student and teacher id by id, so this is decided before anything runs. One of the two may have more
-ids, at the end: only the shared ids take part.
+ids, at the end: only the shared ids take part. Special tokens that the user has mapped may differ.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tropd.special_tokens import SpecialTokenError, TokenMap, map_special_tokens
 from megatron_tropd.tokenizer import CharacterTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 _SHOWN = 5
@@ -35,11 +36,14 @@ class _Contents:
     """What else decides ids, by name; compared by value."""
 
 
-def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
+def shared_vocab_size(
+    student: Tokenizer, teacher: Tokenizer, special_token_map: Mapping[str, str] | None = None
+) -> int:
     """The number of ids that both have, [0, n): all of the smaller one's.
 
-    Raises TokenizerMismatchError where an id is two different tokens, a text has different ids, or responses end with
-    different tokens.
+    ``special_token_map`` names special tokens of the student's and what the teacher has for each
+    (``special_tokens.map_special_tokens``). Raises TokenizerMismatchError where one of them is not what it should be,
+    another id is two different tokens, a text has different ids, or responses end with different tokens.
     """
     if type(student) is not type(teacher):
         raise TokenizerMismatchError(
@@ -48,7 +52,13 @@ def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
         )
     size = min(student.vocab_size, teacher.vocab_size)
     ours, theirs = _contents(student, size), _contents(teacher, size)
-    differing = [index for index in range(size) if ours.tokens.get(index) != theirs.tokens.get(index)]
+    names = dict(special_token_map or {})
+    try:
+        mapped = map_special_tokens(student, teacher, names)
+    except SpecialTokenError as error:
+        raise TokenizerMismatchError(str(error)) from error
+    unnamed = (index for index in range(size) if index not in mapped.named)
+    differing = [index for index in unnamed if ours.tokens.get(index) != theirs.tokens.get(index)]
     if differing:
         rows = (f"{i}: {ours.tokens.get(i)!r} and {theirs.tokens.get(i)!r}" for i in differing[:_SHOWN])
         raise TokenizerMismatchError(
@@ -56,13 +66,14 @@ def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
             f"teacher's): {'; '.join(rows)}. Distillation compares id by id: use models of one vocabulary"
         )
     for name in ours.rules.keys() | theirs.rules.keys():
-        _compare_rule(name, ours.rules.get(name), theirs.rules.get(name))
-    _compare_texts(student, teacher, size)
-    if student.eos_id != teacher.eos_id:
+        _compare_rule(name, *(_without(contents.rules.get(name), names) for contents in (ours, theirs)))
+    _compare_texts(student, teacher, size, mapped)
+    if mapped.feed(student.eos_id) != teacher.eos_id:
         raise TokenizerMismatchError(
             f"the student ends a response with id {student.eos_id} ({ours.end!r}), the teacher with {teacher.eos_id} "
             f"({theirs.end!r}): every end would count as an outlier, as the teacher expects another token there. Give "
-            "both the same eos_token: set tokenizer.model to the teacher's tokenizer, whose ids agree"
+            "both the same eos_token (set tokenizer.model to the teacher's tokenizer, whose ids agree), or say which "
+            "is which: tokenizer.special_token_map={student's end token: teacher's}"
         )
     return size
 
@@ -93,6 +104,14 @@ def _huggingface_contents(tokenizer: HuggingFaceTokenizer, size: int) -> _Conten
     return _Contents(tokens, end, rules | {f"model {name}": value for name, value in model.items()})
 
 
+def _without(rule: Any, names: Mapping[str, str]) -> Any:
+    """A rule less what it says of mapped tokens, under either name."""
+    mapped = {*names, *names.values()}
+    if isinstance(rule, dict):
+        return {key: value for key, value in rule.items() if key not in mapped}
+    return None if isinstance(rule, str) and rule in mapped else rule
+
+
 def _compare_rule(name: str, ours: Any, theirs: Any) -> None:
     if ours == theirs:
         return
@@ -111,11 +130,11 @@ def _compare_rule(name: str, ours: Any, theirs: Any) -> None:
     )
 
 
-def _compare_texts(student: Tokenizer, teacher: Tokenizer, size: int) -> None:
+def _compare_texts(student: Tokenizer, teacher: Tokenizer, size: int, mapped: TokenMap) -> None:
     """The ids of a few awkward texts; whatever the rules' files say, these have to agree."""
     for text in _PROBES:
         try:
-            ours, theirs = student.encode(text), teacher.encode(text)
+            ours, theirs = [mapped.feed(index) for index in student.encode(text)], teacher.encode(text)
         except ValueError:  # an alphabet that cannot express it
             continue
         if ours != theirs and max([*ours, *theirs]) < size:

@@ -29,7 +29,7 @@ def build_tokenizers(config: TokenizerConfig) -> tuple[Tokenizer, Tokenizer]:
     if config.teacher is None:
         return student, student
     teacher = build(config.teacher)
-    shared_vocab_size(student, teacher)
+    shared_vocab_size(student, teacher, config.special_token_map)
     return student, teacher
 
 

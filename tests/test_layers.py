@@ -42,11 +42,11 @@ LEVELS = [
         "procedural",
         "sampling",
         "selection",
+        "special_tokens",
         "tiktoken_tokenizer",
-        "tokenizer_agreement",
         "trackers",
     },
-    {"config_data_checks", "config_drift", "verify"},
+    {"config_data_checks", "config_drift", "relabel", "tokenizer_agreement", "verify"},
     {
         "bridge",
         "config_checks",

@@ -37,13 +37,15 @@ def save_byte_level_bpe(
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(settings.pop("special", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(settings.pop("sentences", SENTENCES), trainer)
     backend.add_special_tokens(list(extra))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token="<|endoftext|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, pad_token=settings.pop("pad", "<|endoftext|>")
+    )
     tokenizer.chat_template = settings.pop("chat_template", CHAT_TEMPLATE)
     tokenizer.save_pretrained(folder)
     return folder
