@@ -127,15 +127,17 @@ def answers_as_rollouts(
 ) -> list[Rollout]:
     """Reference answers as trajectories that are all prefix, so that SFT is guidance alone.
 
-    Each prefix is the encoded solution (else answer) and the end token; the response is empty. Sample ids count from
-    ``first_sample_id``. Raises ValueError for a prompt without a reference answer.
+    Each prefix is the encoded solution (else answer) and the end token, or ``answer_tokens`` where the prompt has them;
+    the response is empty. Sample ids count from ``first_sample_id``. Raises ValueError for a prompt without a reference
+    answer.
     """
     rollouts = []
     for index, prompt in enumerate(prompts):
         answer = prompt.solution or prompt.answer
-        if not answer:
+        if not answer and not prompt.answer_tokens:
             raise ValueError(f"prompt {prompt.id!r} has no reference answer: SFT needs one for every prompt")
-        request = RolloutRequest(first_sample_id + index, prompt, (*encode(answer), eos_id))
+        tokens = prompt.answer_tokens or (*encode(answer), eos_id)
+        request = RolloutRequest(first_sample_id + index, prompt, tokens)
         rollouts.append(Rollout(request, response=(), log_probs=(), finished=True))
     return rollouts
 

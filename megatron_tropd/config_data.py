@@ -39,7 +39,8 @@ class DataConfig:
     "id": str (optional)}, and what the line's verifier needs (docs/evaluation.md)."""
 
     train: str | dict[str, float]
-    """JSONL of training prompts; or reasoning-gym:train, the tasks of the section tasks; or a mixture of several,
+    """JSONL of training prompts; or the .idx of a Megatron indexed dataset (docs/data.md); or reasoning-gym:train, the
+    tasks of the section tasks; or a mixture of several,
     {"math.jsonl": 3, "reasoning-gym:train": 1}, where a source's weight is its share of the prompts. Each source is
     shuffled anew whenever it has been through."""
     validation: str | None = None

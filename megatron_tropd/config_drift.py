@@ -140,6 +140,8 @@ def _content_hash(value: str | Mapping[str, float]) -> str:
         ]
     elif Path(value).is_dir():
         parts = [(file.name, _sha256(file)) for file in sorted(Path(value).glob("*.jsonl"))]
+    elif Path(value).suffix == ".idx":
+        parts = [(suffix, _sha256(Path(value).with_suffix(suffix))) for suffix in (".bin", ".idx")]
     else:
         return _sha256(Path(value))
     return hashlib.sha256(repr(parts).encode()).hexdigest()

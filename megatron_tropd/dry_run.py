@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,7 +111,7 @@ def _check_output(config: Config, found: Findings) -> None:
 
 def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, found: Findings) -> None:
     data = config.data
-    prompts: list[Prompt] = []
+    prompts: Sequence[Prompt] = []
     skipped: dict[str, int] = {}
     with found.collect():
         mixture, skipped = read_training_prompts(config, tokenizer)

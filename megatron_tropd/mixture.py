@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from megatron_tropd.data import PromptOrder
 from megatron_tropd.draws import Stream, uniforms
+from megatron_tropd.indexed_prompts import IndexedPrompts
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.types import Prompt
 
@@ -95,7 +96,7 @@ class Mixture:
     ):
         """``sources``: name to prompts, in the order of ``weights``."""
         self._prompts_per_step = prompts_per_step
-        self._sources = [list(prompts) for prompts in sources.values()]
+        self._sources = list(sources.values())
         self.source_names = tuple(sources) if len(sources) > 1 else ()
         """() for a single file."""
         self._order = MixtureOrder(tuple(len(prompts) for prompts in self._sources), tuple(weights), seed)
@@ -120,7 +121,7 @@ class Mixture:
 
 def read_mixture(
     weights: Mapping[str, float],
-    read: Callable[[str, str], tuple[list[Prompt], int]],
+    read: Callable[[str, str], tuple[Sequence[Prompt], int]],
     *,
     seed: int = 0,
     prompts_per_step: int = 1,
@@ -131,18 +132,22 @@ def read_mixture(
     does, and where an id stands in two files.
     """
     names = _names(list(weights))
-    sources: dict[str, list[Prompt]] = {}
+    sources: dict[str, Sequence[Prompt]] = {}
     skipped: dict[str, int] = {}
     file_of_id: dict[str, str] = {}
     for path, name in names.items():
         sources[name], skipped[path] = read(path, name if len(weights) > 1 else "")
-        for prompt in sources[name]:
-            if prompt.id in file_of_id:
+        for identifier in _ids(sources[name]) if len(weights) > 1 else ():
+            if identifier in file_of_id:
                 raise DataError(
-                    f"{path}: id {prompt.id!r} is also in {file_of_id[prompt.id]}: ids must differ over all files"
+                    f"{path}: id {identifier!r} is also in {file_of_id[identifier]}: ids must differ over all files"
                 )
-            file_of_id[prompt.id] = path
+            file_of_id[identifier] = path
     return Mixture(sources, list(weights.values()), seed=seed, prompts_per_step=prompts_per_step), skipped
+
+
+def _ids(prompts: Sequence[Prompt]) -> Iterable[str]:
+    return prompts.ids if isinstance(prompts, IndexedPrompts) else (prompt.id for prompt in prompts)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:

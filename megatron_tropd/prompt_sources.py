@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from megatron_tropd.config import Config
 from megatron_tropd.data import procedural_prompts, read_prompts
+from megatron_tropd.indexed_prompts import read_indexed_prompts
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.mixture import Mixture, read_mixture
 from megatron_tropd.procedural import SOURCES, make_tasks
@@ -34,8 +36,8 @@ def read_training_prompts(
 
 def read_prompt_file(
     config: Config, tokenizer: Tokenizer, path: str, source: str = "", *, max_answer_length: int | None = None
-) -> tuple[list[Prompt], int]:
-    """Prompts of a file, or procedural tasks, as the config says; and how many were skipped for their length.
+) -> tuple[Sequence[Prompt], int]:
+    """Prompts of a file, of an indexed dataset (its ``.idx``), or procedural tasks; and how many were too long.
 
     ``source`` names them in a mixture. With ``max_answer_length`` (what SFT trains on) each needs an answer or
     solution of at most that many tokens.
@@ -60,6 +62,15 @@ def read_prompt_file(
             prompt_template=data.prompt_template,
         )
         return [replace(prompt, source=source) for prompt in prompts], num_skipped
+    if Path(path).suffix == ".idx":
+        return read_indexed_prompts(
+            path,
+            tokenizer,
+            data.max_prompt_length,
+            data.long_prompts,
+            max_answer_length=max_answer_length,
+            source=source,
+        )
     return read_prompts(
         path,
         tokenizer,

@@ -44,6 +44,8 @@ class Prompt:
     """What the verifier needs beside the answer (``verify.verify``)."""
     source: str = ""
     """Names its prompt file in a mixture of several, "" without one."""
+    answer_tokens: tuple[int, ...] = ()
+    """Ids of what SFT learns, end token included, where the source holds ids; (): those of solution or answer."""
 
 
 @dataclass(frozen=True)

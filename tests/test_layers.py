@@ -36,6 +36,7 @@ LEVELS = [
         "guard",
         "hf_config",
         "hf_mapping",
+        "indexed",
         "integrity",
         "journal",
         "objectives",
@@ -46,7 +47,7 @@ LEVELS = [
         "tiktoken_tokenizer",
         "trackers",
     },
-    {"config_data_checks", "config_drift", "relabel", "tokenizer_agreement", "verify"},
+    {"config_data_checks", "config_drift", "indexed_prompts", "relabel", "tokenizer_agreement", "verify"},
     {
         "bridge",
         "config_checks",

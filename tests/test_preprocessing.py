@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_tropd.data import read_prompts
+from megatron_tropd.indexed import IndexedCorpus
 from megatron_tropd.preprocessing.filters import Contamination
-from megatron_tropd.preprocessing.indexed import IndexedCorpus
 from megatron_tropd.preprocessing.sentences import SentenceTruncation, load_punkt, train_punkt
 from megatron_tropd.tokenizer import CharacterTokenizer, HuggingFaceTokenizer
 from tests import tokenizers_made as made

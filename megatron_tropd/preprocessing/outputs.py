@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Literal, Self
 from megatron_tropd.preprocessing.examples import Example
 
 if TYPE_CHECKING:
-    from megatron_tropd.preprocessing.indexed import IndexedWriter
+    from megatron_tropd.indexed import IndexedWriter
 
 
 class Outputs:
@@ -32,7 +32,7 @@ class Outputs:
             self._files[name].write(example.to_line())
             return
         if name not in self._writers:
-            from megatron_tropd.preprocessing.indexed import IndexedWriter
+            from megatron_tropd.indexed import IndexedWriter
 
             self._writers[name] = IndexedWriter(self._folder / name, self._vocab_size)
         self._writers[name].write([example.tokens, answer_tokens] if answer_tokens else [example.tokens])

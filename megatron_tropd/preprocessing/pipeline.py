@@ -81,7 +81,7 @@ def preprocess(options: Options) -> Statistics:
     total = sum(size_on_disk(path) for path in options.inputs)
     arguments = options, _punkt_parameters(options)
     worker = _Worker(*arguments)  # in this process too: what cannot start is said at once
-    statistics = Statistics()
+    statistics = Statistics(worker.fingerprint)
     with _folder(Path(options.out)) as folder, Outputs(folder, options.format, worker.vocab_size) as outputs:
         seen = SeenStore(folder / ".seen")
         chunks = (chunk for path in options.inputs for chunk in read_chunks(path))
@@ -116,6 +116,7 @@ class _Worker:
         if options.tokenizer is not None:
             self._tokenizer, _ = build_tokenizers(options.tokenizer)
         self.vocab_size = self._tokenizer.vocab_size if self._tokenizer is not None else 0
+        self.fingerprint = self._tokenizer.fingerprint if self._tokenizer is not None else None
         self._contamination = Contamination(_evaluation_texts(options, self._tokenizer), options.ngram)
         self._truncation = None
         if options.max_text_length is not None:

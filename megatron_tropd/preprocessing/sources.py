@@ -107,7 +107,7 @@ def _datasets_chunks(path: Path) -> Iterator[Chunk]:
 
 
 def _indexed_chunks(path: Path) -> Iterator[Chunk]:
-    from megatron_tropd.preprocessing.indexed import IndexedCorpus
+    from megatron_tropd.indexed import IndexedCorpus
 
     corpus = IndexedCorpus(path)
     share = size_on_disk(path) / len(corpus)

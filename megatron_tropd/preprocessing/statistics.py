@@ -37,6 +37,8 @@ class Lengths:
 class Statistics:
     """Of one preprocessing run."""
 
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer, where there is one."""
     num_train: int = 0
     num_validation: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -65,6 +67,7 @@ class Statistics:
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
+            "tokenizer": self.tokenizer,
             "read": self.num_kept + self.dropped.total(),
             "train": self.num_train,
             "validation": self.num_validation,

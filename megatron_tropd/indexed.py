@@ -5,7 +5,7 @@ A document of a corpus is one sequence; a document for SFT is two, the prompt an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from megatron_tropd.jsonl import DataError
 
 # isort: split
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+_IDS_AT_ONCE = 2**24
 
 
 class IndexedWriter:
@@ -54,6 +56,7 @@ class IndexedCorpus:
             self._boundaries = np.array(self._data.document_indices)
         except (AssertionError, ValueError, KeyError, IndexError, OSError) as error:
             raise DataError(f"{path} is not the index of a Megatron dataset ({error}): write it again") from error
+        self._bin_path = path.with_suffix(".bin")
         if len(self) < 1:
             raise DataError(f"{path} has no documents: write it again")
         expected = int(self._data.index.sequence_pointers[-1]) + int(self._data.sequence_lengths[-1]) * int(
@@ -69,6 +72,28 @@ class IndexedCorpus:
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._boundaries) - 1
+
+    @property
+    def num_sequences(self) -> np.ndarray:
+        """Sequences of every document, ``[documents]``."""
+        return np.diff(self._boundaries)
+
+    @property
+    def first_lengths(self) -> np.ndarray:
+        """Ids in the first sequence of every document, ``[documents]``."""
+        return self._data.sequence_lengths[self._boundaries[:-1]].astype(np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Ids in every document, ``[documents]``."""
+        ends = np.concatenate([[0], np.cumsum(self._data.sequence_lengths, dtype=np.int64)])
+        return ends[self._boundaries[1:]] - ends[self._boundaries[:-1]]
+
+    def largest_ids(self) -> Iterator[int]:
+        """The largest id of every 2^24, in the order of the file, which is read once."""
+        ids = np.memmap(self._bin_path, dtype=self._data.index.dtype, mode="r")
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            yield int(ids[start : start + _IDS_AT_ONCE].max())
 
     def __getitem__(self, index: int) -> list[np.ndarray]:
         """The sequences of one document, each ids ``[length]``."""
