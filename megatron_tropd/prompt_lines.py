@@ -49,16 +49,14 @@ def parse_line(
     if not identifier:
         raise DataError(f'{where}: "id" is empty: leave it out (the line number is taken) or give one')
     line_format = line_format or LineFormat()
-    verifier = string(line, "verifier", where, default=line_format.verifier)
-    if verifier not in VERIFIERS:
-        raise DataError(f"{where}: verifier {verifier!r} is unknown: {', '.join(VERIFIERS)}")
+    verifier = known_verifier(line, where, line_format.verifier)
     if verifier in ("number", "math") and type(line.get(line_format.answer_key)) is int:
         line = {**line, line_format.answer_key: str(line[line_format.answer_key])}  # as AIME files have it
     answer = string(line, line_format.answer_key, where, default="")
     solution = string(line, "solution", where, default="")
     details: dict[str, Any] = {}
     if "choices" in line:
-        details["num_choices"] = len(_choices(line["choices"], where))
+        details["num_choices"] = len(checked_choices(line["choices"], where))
     if "tests" in line:
         details["tests"] = string(line, "tests", where, default="")
     try:
@@ -93,12 +91,25 @@ def _text(line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: L
             f'{where}: "{line_format.prompt_key}" {state}: every line needs a text under that key, or "messages"'
         )
     if "choices" in line:
-        choices = _choices(line["choices"], where)
-        text = "\n".join([text, "", *(f"{chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))])
+        text = with_choices(text, checked_choices(line["choices"], where))
     return line_format.prompt_template.replace("{prompt}", text)
 
 
-def _choices(value: Any, where: str) -> list[str]:
+def with_choices(text: str, choices: Sequence[str]) -> str:
+    """A question with the answers to choose from listed below it as ``A) ...``."""
+    return "\n".join([text, "", *(f"{chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))])
+
+
+def known_verifier(line: dict[str, Any], where: str, default: str) -> str:
+    """The line's verifier. Raises DataError for one that there is not."""
+    verifier = string(line, "verifier", where, default=default)
+    if verifier not in VERIFIERS:
+        raise DataError(f"{where}: verifier {verifier!r} is unknown: {', '.join(VERIFIERS)}")
+    return verifier
+
+
+def checked_choices(value: Any, where: str) -> list[str]:
+    """``value`` where it is a list of answers to choose from."""
     if not isinstance(value, list) or not 2 <= len(value) <= 26:
         raise DataError(f'{where}: "choices" must be a list of 2 to 26 strings, found {kind_of(value)}')
     return [string({"choices": choice}, "choices", where, default="") for choice in value]

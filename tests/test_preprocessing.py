@@ -116,6 +116,34 @@ def test_other_names_of_columns(tmp_path: Path) -> None:
     assert (line["prompt"], line["answer"]) == ("1+1=", "2")
 
 
+def test_what_verifiers_need_is_carried_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [
+        {"prompt": "Which?", "choices": ["a", "b"], "answer": "B", "verifier": "choice", "id": "1"},
+        {"prompt": "Which?", "choices": ["c", "b"], "answer": "B", "verifier": "choice", "id": "2"},
+        {"prompt": "1+1?", "answer": 2, "verifier": "number", "solution": "1+1 is 2", "id": "3"},
+        {"prompt": "Write f.", "tests": "assert f()", "verifier": "python", "id": "4"},
+    ]
+    path = write_jsonl(tmp_path / "in.jsonl", records)
+    characters = ("--tokenizer", "".join(sorted(set("Which?\n ABab)cd1+Write f.is2"))), "--tokenizer-kind=characters")
+    assert run("--input", path, "--out", tmp_path / "out", *characters) == 0
+    found = read_jsonl(tmp_path / "out" / "train.jsonl")
+    assert found == [*records[:2], {**records[2], "answer": "2"}, records[3]]
+    prompts, _ = read_prompts(tmp_path / "out" / "train.jsonl", CharacterTokenizer(characters[1]), 99, "refuse")
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert statistics["prompt_tokens"]["tokens"] == sum(len(prompt.tokens) for prompt in prompts)
+    assert statistics["answer_tokens"]["max"] == len(prompts[2].solution) + 1
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "1+1 is 2"}]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat, "answer": "2", "verifier": "number"}])
+    assert run("--input", path, "--out", tmp_path / "chat") == 0
+    (line,) = read_jsonl(tmp_path / "chat" / "train.jsonl")
+    assert (line["messages"], line["answer"], line["solution"]) == (chat[:1], "2", "1+1 is 2")
+    strange = write_jsonl(tmp_path / "strange.jsonl", [{"prompt": "Which?", "choices": {"text": ["a"]}}])
+    assert run("--input", strange, "--out", tmp_path / "refused") == 2
+    assert 'strange.jsonl:1: "choices" must be a list of 2 to 26 strings' in capsys.readouterr().err
+    assert run("--input", strange, "--out", tmp_path / "fewer", "--task-keys", "verifier") == 0
+    assert set(read_jsonl(tmp_path / "fewer" / "train.jsonl")[0]) == {"id", "prompt"}
+
+
 def test_filters_and_their_counts(tmp_path: Path, folder: Path) -> None:
     copied = "The miller counts his sacks at the old mill every morning, and writes the number down."
     records = [

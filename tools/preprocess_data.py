@@ -79,13 +79,17 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     records.add_argument("--field", choices=("auto", "prompt", "messages", "text"), default="auto")
     for name in _KEYS:
         records.add_argument(f"--{name}-key", default=name, help=f"where a record has its {name}")
+    task = ("verifier", "choices", "tests", "solution")
+    records.add_argument(
+        "--task-keys", nargs="*", choices=task, default=task, help="what verifiers need, carried over; default: all"
+    )
 
 
 def record_keys(options: argparse.Namespace) -> Any:
     """The keys of `add_record_arguments`."""
     from megatron_tropd.preprocessing.examples import Keys
 
-    return Keys(**{name: getattr(options, f"{name}_key") for name in _KEYS})
+    return Keys(**{name: getattr(options, f"{name}_key") for name in _KEYS}, task=tuple(options.task_keys))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -112,14 +112,14 @@ def align(example: Example, where: str, tokenizer: Tokenizer) -> tuple[list[int]
     token, or the student would continue another text than the teacher did. What a template writes after the end token
     (a line break) is left out. Raises DataError.
     """
-    if not example.answer.strip():
+    if not example.reference.strip():
         raise DataError(f"{where}: no answer: the last message must be the assistant's, and have a text")
     example.tokenize(tokenizer, where)
     end = tokenizer.eos_id
     try:
         if example.messages is None:
-            return example.tokens, [*tokenizer.encode(example.answer), end]
-        messages = [*example.messages, {"role": "assistant", "content": example.answer}]
+            return example.tokens, [*tokenizer.encode(example.reference), end]
+        messages = [*example.messages, {"role": "assistant", "content": example.reference}]
         whole = tokenizer.encode(tokenizer.render_chat(messages, example.tools, with_answer=True))
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error

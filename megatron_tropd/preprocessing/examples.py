@@ -9,9 +9,11 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from megatron_tropd.jsonl import DataError, kind_of
-from megatron_tropd.prompt_lines import checked_messages, string
+from megatron_tropd.prompt_lines import checked_choices, checked_messages, known_verifier, string, with_choices
 from megatron_tropd.tokenizer import Tokenizer
 
+TASK_KEYS = ("verifier", "choices", "tests", "solution")
+"""What a verifier needs of a line beside its answer."""
 Field = Literal["auto", "prompt", "messages", "text"]
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Roles of ShareGPT-style conversations; others keep their names."""
@@ -26,6 +28,8 @@ class Keys:
     messages: str = "messages"
     text: str = "text"
     id: str = "id"
+    task: tuple[str, ...] = TASK_KEYS
+    """Those of ``TASK_KEYS`` that are carried over where a record has them."""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Example:
     messages: list[Mapping[str, Any]] | None = None
     tools: list[Any] | None = None
     answer: str = ""
+    task: dict[str, Any] = field(default_factory=dict)
+    """What the verifier needs, under ``TASK_KEYS``."""
     id: str | None = None
     is_document: bool = False
     """A record's whole ``text``, which may be cut at the end of a sentence."""
@@ -45,24 +51,33 @@ class Example:
     def to_line(self) -> bytes:
         """The line of the prompt file, with its newline."""
         content = {"prompt": self.prompt} if self.messages is None else {"messages": self.messages}
-        parts = {"id": self.id, **content, "tools": self.tools, "answer": self.answer}
+        parts = {"id": self.id, **content, "tools": self.tools, "answer": self.answer, **self.task}
         kept = {key: value for key, value in parts.items() if value not in (None, "")}
         return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
+
+    @property
+    def reference(self) -> str:
+        """What SFT learns: the solution where there is one, else the answer."""
+        return str(self.task.get("solution") or self.answer)
 
     def words(self) -> str:
         """All that a reader would see, for comparison with evaluation files."""
         said = [self.prompt or ""] if self.messages is None else [str(m.get("content", "")) for m in self.messages]
-        return "\n".join([*said, self.answer])
+        return "\n".join([*said, *self.task.get("choices", ()), self.reference])
 
     def digest(self, *, with_answer: bool) -> bytes:
         """16 bytes that two examples share where their prompts (and answers) are the same."""
-        content = [self.prompt, self.messages, self.tools, self.answer if with_answer else ""]
+        content = [self.prompt, self.messages, self.tools, self.reference if with_answer else ""]
+        content += [self.task["choices"]] if "choices" in self.task else []
         return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
 
     def tokenize(self, tokenizer: Tokenizer, where: str) -> None:
         """Fill ``tokens``. Raises DataError where the tokenizer or its chat template refuses the text."""
         try:
-            text = self.prompt if self.messages is None else tokenizer.render_chat(self.messages, self.tools)
+            if self.messages is not None:
+                text = tokenizer.render_chat(self.messages, self.tools)
+            else:
+                text = with_choices(self.prompt or "", self.task["choices"]) if "choices" in self.task else self.prompt
             self.tokens = tokenizer.encode(text or "")
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
@@ -71,7 +86,8 @@ class Example:
 
 
 def read_example(record: dict[str, Any], where: str, keys: Keys, which: Field, tokenizer: Tokenizer | None) -> Example:
-    """The example of a record. A conversation's last message becomes the answer where it is the assistant's.
+    """The example of a record. A conversation's last message becomes the answer where it is the assistant's, or, beside
+    an answer of the record's own, the solution.
 
     Raises DataError for a record with no prompt, with several where ``which`` is auto, or with anything malformed.
     """
@@ -96,9 +112,29 @@ def read_example(record: dict[str, Any], where: str, keys: Keys, which: Field, t
         if not example.prompt.strip():
             state = "is empty" if name in record else "is missing"
             raise DataError(f'{where}: "{name}" {state}: every record needs a text under that key')
+    example.task = _task(record, where, keys)
     if keys.answer in record:
-        example.answer = string(record, keys.answer, where, default="")
+        if example.answer and "solution" in keys.task:
+            example.task.setdefault("solution", example.answer)  # the conversation's last message
+        value = record[keys.answer]
+        is_number = type(value) is int and example.task.get("verifier") in ("number", "math")  # as AIME files have it
+        example.answer = str(value) if is_number else string(record, keys.answer, where, default="")
     return example
+
+
+def _task(record: dict[str, Any], where: str, keys: Keys) -> dict[str, Any]:
+    named = {keys.prompt, keys.answer, keys.messages, keys.text, keys.id}
+    found: dict[str, Any] = {}
+    for key in keys.task:
+        if key not in record or key in named:
+            continue
+        if key == "verifier":
+            found[key] = known_verifier(record, where, "")
+        elif key == "choices":
+            found[key] = checked_choices(record[key], where)
+        else:
+            found[key] = string(record, key, where, default="")
+    return found
 
 
 def _take_messages(example: Example, record: dict[str, Any], name: str, where: str) -> None:

@@ -150,7 +150,7 @@ class _Worker:
             if num_tokens > (options.max_prompt_length or num_tokens):
                 return [], "prompt too long"
             try:
-                answer_tokens = [*tokenizer.encode(example.answer), tokenizer.eos_id] if example.answer else []
+                answer_tokens = [*tokenizer.encode(example.reference), tokenizer.eos_id] if example.reference else []
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from error
             if len(answer_tokens) > (options.max_answer_length or len(answer_tokens)):
