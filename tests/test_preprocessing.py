@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,21 @@ def test_options_that_cannot_be_met(
 
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["jsonl", "indexed"])
+def test_a_full_disk_is_one_error_and_leaves_nothing(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"What is {number} plus 1?"} for number in range(2000)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert run("--input", path, "--out", tmp_path / "out", "--tokenizer", folder, f"--format={form}") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"out could not be written \(.*File too large.*\); nothing is left", capsys.readouterr().err)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_a_truncated_indexed_dataset_is_refused(

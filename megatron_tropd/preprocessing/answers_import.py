@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def import_answers(
     header = AnswerHeader(tokenizer.fingerprint, {"imported": list(inputs)}, {"chat": chat or {}})
     report, met = ImportReport(), Counter[str]()
     partial = out.parent / f"{out.name}.partial"
-    with ExitStack() as stack:
+    with _telling_of_the_disk(partial), ExitStack() as stack:
         writers = [stack.enter_context(AnswerWriter(path, header)) for path in _shard_paths(partial, num_shards)]
         bar = stack.enter_context(
             tqdm(total=sum(map(size_on_disk, inputs)), unit="B", unit_scale=True, desc="answers", disable=not progress)
@@ -103,6 +103,17 @@ def import_answers(
     os.rename(partial, out)
     report.without_answer = sum(not met[prompt.id] for prompt in prompts)
     return report
+
+
+@contextmanager
+def _telling_of_the_disk(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{partial} could not be written ({error}): make room and start again with the same command, which goes on "
+            "from there"
+        ) from error
 
 
 def align(example: Example, where: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

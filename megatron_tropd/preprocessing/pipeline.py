@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import struct
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -213,10 +214,14 @@ def _folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise DataError(f"{out} exists: choose another --out, or remove it")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         os.rename(partial, out)
+    except (OSError, sqlite3.Error) as error:
+        raise DataError(
+            f"{out} could not be written ({error}); nothing is left of it: make room, or choose another disk"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
