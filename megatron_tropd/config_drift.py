@@ -136,7 +136,7 @@ def _content_hash(value: str | Mapping[str, float]) -> str:
     parts: list[tuple[str, str]]
     if not isinstance(value, str):
         parts = [
-            (str(float(weight)), name if name in SOURCES else _sha256(Path(name))) for name, weight in value.items()
+            (str(float(weight)), name if name in SOURCES else _content_hash(name)) for name, weight in value.items()
         ]
     elif Path(value).is_dir():
         parts = [(file.name, _sha256(file)) for file in sorted(Path(value).glob("*.jsonl"))]

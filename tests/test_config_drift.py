@@ -107,6 +107,12 @@ def test_mixtures_and_shards_are_what_is_in_them(config: Config, tmp_path: Path)
     # The order of the files decides which prompt comes when.
     for changed in ({one: 2, other: 1, "reasoning-gym:train": 1}, {other: 1, one: 3, "reasoning-gym:train": 1}):
         assert [line.split(":")[0] for line in compare(before, with_files(changed))[1]] == ["data.train"]
+    corpus = tmp_path / "corpus.idx"
+    corpus.write_bytes(b"index")
+    corpus.with_suffix(".bin").write_bytes(b"ids")
+    mixed = with_files({one: 1, str(corpus): 1})
+    corpus.with_suffix(".bin").write_bytes(b"others")
+    assert [line.split(":")[0] for line in compare(mixed, with_files({one: 1, str(corpus): 1}))[1]] == ["data.train"]
     shard.write_text("{}\n{}\n")
     allowed, refused = compare(before, with_files({one: 3, other: 1, "reasoning-gym:train": 1}))
     assert not allowed and [line.split(":")[0] for line in refused] == ["guidance.answers"]
