@@ -77,8 +77,9 @@ class Example:
             if self.messages is not None:
                 text = tokenizer.render_chat(self.messages, self.tools)
             else:
-                text = with_choices(self.prompt or "", self.task["choices"]) if "choices" in self.task else self.prompt
-            self.tokens = tokenizer.encode(text or "")
+                text = self.prompt or ""
+                text = with_choices(text, self.task["choices"]) if "choices" in self.task else text
+            self.tokens = tokenizer.encode(text)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
         if not self.tokens:
