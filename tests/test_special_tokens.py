@@ -143,7 +143,7 @@ def test_the_end_token_is_judged_by_the_teachers_by_hand(tp: int) -> None:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def _gradients(sizes: tuple[int, int], tied: bool, ahead: tuple[int, int] | None) -> tuple[Any, Any, Any]:
+def _gradients(sizes: tuple[int, int], tied: bool) -> tuple[Any, Any, Any]:
     """Gradients of a step with the relabelled teacher; and of the student's output weight in dense float64 (pp 1)."""
     from megatron_tropd.config import OptimizerConfig
     from megatron_tropd.relabel import relabel_vocabulary
@@ -194,30 +194,33 @@ def _whole(shard_VH: torch.Tensor, layout: Any) -> torch.Tensor:
     return torch.cat(parts).double()
 
 
+def _gradients_of_layouts(layouts: list[tuple[int, int]]) -> dict[tuple[tuple[int, int], bool], Any]:
+    return {(sizes, tied): _gradients(sizes, tied) for sizes in layouts for tied in (False, True)}
+
+
 @pytest.fixture(scope="module")
-def reference() -> dict[bool, Any]:
-    return {tied: run_ranks(1, _gradients, (1, 1), tied, None)[0] for tied in (False, True)}
+def gradients() -> dict[tuple[tuple[int, int], bool], list[Any]]:
+    """By (tensor, pipeline size) and whether the teacher is tied: what each rank found."""
+    ranks = [run_ranks(1, _gradients_of_layouts, [(1, 1)]), run_ranks(2, _gradients_of_layouts, [(2, 1), (1, 2)])]
+    return {case: [found[case] for found in world] for world in ranks for case in world[0]}
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2)])
 def test_gradients_against_a_dense_teacher_with_its_ids_changed(
-    reference: dict[bool, Any], sizes: tuple[int, int], tied: bool
+    gradients: dict[Any, list[Any]], sizes: tuple[int, int], tied: bool
 ) -> None:
-    world_size = sizes[0] * sizes[1]
-    gradients, dense, sums = reference[tied]
+    ((reference, dense, sums),) = gradients[(1, 1), tied]
     expected = torch.tensor(dense, dtype=torch.float64)
     for id_ in PERMUTATION:
         assert expected[id_].norm() > 1e-3 * expected.norm()
-    ranks = run_ranks(world_size, _gradients, sizes, tied, None) if world_size > 1 else [reference[tied]]
-    for found, found_dense, found_sums in ranks:
+    for found, found_dense, found_sums in gradients[sizes, tied]:
         if found_dense is not None:
             error = (torch.tensor(found["output_layer.weight"]).double() - torch.tensor(found_dense)).norm()
             assert error < 1e-5 * expected.norm()
             assert (torch.tensor(found_dense) - expected).norm() < 1e-5 * expected.norm()
         for name, gradient in found.items():
-            one, other = torch.tensor(gradient), torch.tensor(gradients[name])
-            assert (one - other).norm() < 1e-5 * expected.norm(), name
+            assert (torch.tensor(gradient) - torch.tensor(reference[name])).norm() < 1e-5 * expected.norm(), name
         assert found_sums == pytest.approx(sums, rel=1e-4, abs=1e-4)
 
 
