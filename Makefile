@@ -6,7 +6,7 @@ TRACKERS := .venv/.trackers
 AUDIT := .venv/audit/bin/pip-audit
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-real test slow faults soak audit lint types check clean
+.PHONY: help setup demo demo-real study test slow faults soak audit lint types check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -31,6 +31,9 @@ demo-real: $(REAL)  ## distil SmolLM2-135M-Instruct into 12 of its layers, from 
 
 test: $(READY)  ## the whole test suite but the slow part
 	@$(PYTHON) -m pytest
+
+study: $(READY)  ## every objective from the same starts, with seeds (hours on 2 cores; goes on where it stopped)
+	@$(PYTHON) -m examples.study.run_study
 
 $(TRACKERS): $(READY) constraints.txt
 	@PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip install --quiet wandb mlflow-skinny

@@ -41,6 +41,8 @@ setup(
         "eval": ["math-verify>=0.8", "antlr4-python3-runtime==4.13.2"],
         # Procedural tasks. Not in `dev`: one of its dependencies (pycosat) is compiled where it is installed.
         "tasks": ["reasoning-gym>=0.1.20"],
+        # The intervals over seeds of examples/study.
+        "study": ["scipy>=1.13"],
         # What tools/bench_loss.py measures beside ours. Give pip -c constraints.txt, so that nothing replaces torch.
         "bench": ["liger-kernel>=0.8", "nvidia-modelopt>=0.47", "requests", "trl>=1.16"],
         "dev": [
@@ -55,6 +57,7 @@ setup(
             "pytest-timeout",
             "ruff",
             "safetensors",
+            "scipy",
             "sentencepiece",
             "tiktoken",
             "tokenizers",
