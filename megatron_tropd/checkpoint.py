@@ -160,16 +160,27 @@ def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size
 def save_weights(path: Path, model: GPTModel, layout: Layout, description: Description) -> None:
     """Write the checkpoint folder ``path`` with weights alone (all ranks call this); ``load_weights`` reads it."""
     temporary = path.with_name(path.name + ".incomplete")
-    if layout.is_main:
+    state = {"model": model.sharded_state_dict()}
+    num_bytes = _global_bytes(state, layout)
+
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    write_state({"model": model.sharded_state_dict()}, temporary)
-    if layout.is_main:
+        require_space(temporary, num_bytes)
+
+    def publish() -> None:
         write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
         seal(temporary)
         os.rename(temporary, path)
-    dist.barrier()
+
+    try:
+        on_main(prepare, layout.is_main)
+        write_state(state, temporary)
+        on_main(publish, layout.is_main)
+    except CheckpointError:
+        if layout.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def weights_dtype(path: Path) -> torch.dtype:

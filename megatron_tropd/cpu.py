@@ -165,10 +165,17 @@ def _replace_cuda_functions() -> None:
 
 
 def _replace_megatron_functions() -> None:
-    """Two Megatron helpers go around ``torch.cuda`` and need stand-ins of their own."""
+    """Three Megatron helpers go around ``torch.cuda`` and need stand-ins of their own."""
     from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     communication_utils._is_cuda = lambda tensor: None
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_if_moved
+
+
+def _as_if_moved(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """The counts by which experts' ranks exchange tokens: Megatron makes numbers of them only where they are CUDA's."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -47,6 +47,10 @@ class Layout:
     tensor_parallel_size: int
     pipeline_rank: int
     pipeline_size: int
+    expert_parallel_rank: int
+    expert_parallel_size: int
+    expert_data_parallel_rank: int
+    """Counts the ranks that hold the same experts; without expert parallelism it is the data-parallel rank."""
     sequence_parallel: bool
     """Between layers each tensor-parallel rank has its own part of the positions."""
     device: torch.device
@@ -77,6 +81,10 @@ class Layout:
         """One rank for each data-parallel replica: first tensor-parallel rank of the last stage."""
         return self.is_last_stage and self.tensor_parallel_rank == 0
 
+    def first_expert(self, num_experts: int | None) -> int:
+        """Number of the first expert that this rank holds, of ``num_experts`` in each layer (None: a dense model)."""
+        return self.expert_parallel_rank * ((num_experts or 0) // self.expert_parallel_size)
+
 
 def initialize(
     *,
@@ -85,8 +93,11 @@ def initialize(
     seed: int,
     timeout_minutes: float,
     sequence_parallel: bool = False,
+    expert_model_parallel_size: int = 1,
 ) -> Layout:
     """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
+
+    Experts are spread over ``expert_model_parallel_size`` data-parallel ranks, and each is cut like a dense layer.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them a single
     process forms a group of its own. Groups wait a minute longer than ``timeout_minutes``: the watchdog, which can name
@@ -106,6 +117,7 @@ def initialize(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     seed_everything(seed)
@@ -142,6 +154,9 @@ def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, 
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_data_parallel_rank=parallel_state.get_expert_data_parallel_rank(),
         sequence_parallel=sequence_parallel,
         device=device,
         timeout=timeout,

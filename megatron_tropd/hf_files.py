@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping as Map
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,10 @@ class TensorFiles:
         return self._files[self._file_of[name]].get_slice(name)
 
 
-def plan_shards(stages: list[list[str]], sizes: Map[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """File name to the tensors in it. A file holds tensors of one pipeline stage, at most ``max_bytes`` if it can."""
+def plan_shards(writers: list[list[str]], sizes: Map[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """File name to the tensors in it. A file holds tensors of one writing rank, at most ``max_bytes`` if it can."""
     groups: list[list[str]] = []
-    for names in stages:
+    for names in writers:
         room = 0
         for name in names:
             if sizes[name] > room:
@@ -113,6 +114,16 @@ def plan_shards(stages: list[list[str]], sizes: Map[str, int], max_bytes: int) -
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{index:05d}-of-{len(groups):05d}.safetensors": names for index, names in enumerate(groups, start=1)}
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """HuggingFaceError where the file system of ``folder`` has less than ``num_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise HuggingFaceError(
+            f"the weights take {num_bytes / 1e6:,.1f} MB, {folder.parent} has {free / 1e6:,.1f} MB free: free some "
+            "space or choose another disk; nothing was written"
+        )
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:

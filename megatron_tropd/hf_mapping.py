@@ -88,6 +88,7 @@ LOCAL_NAMES = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_w
 DENSE_LOCAL_NAMES = LOCAL_NAMES | {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 """Parameters that Megatron's local layers call otherwise; before experts the norm is a layer of its own everywhere."""
 _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
+_LOCAL_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
 
 
 def mappings(config: ModelConfig) -> Iterator[Mapping]:
@@ -131,6 +132,16 @@ def table_name(name: str, config: ModelConfig) -> str:
 def expert_name(name: str) -> str:
     """A parameter of TransformerEngine's grouped experts as that of a single one; other names as they are."""
     return _GROUPED_EXPERT.sub(r"experts.local_experts.\2.\1.weight", name)
+
+
+def global_expert_name(name: str, first_expert: int) -> str:
+    """A parameter of a rank's own expert, counted over the whole model: the rank holds those from ``first_expert``."""
+    return _LOCAL_EXPERT.sub(lambda found: f"experts.local_experts.{first_expert + int(found[1])}.", name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this name is one expert's alone."""
+    return _LOCAL_EXPERT.search(name) is not None
 
 
 def source_shapes(mapping: Mapping, config: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:

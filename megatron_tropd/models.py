@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.determinism import is_deterministic
 from megatron_tropd.distributed import ON_CPU, Layout
-from megatron_tropd.hf_mapping import expert_name
+from megatron_tropd.hf_mapping import expert_name, global_expert_name
 from megatron_tropd.layer_spec import choose_layer_spec, use_transformer_engine
 
 # isort: split
@@ -120,6 +120,7 @@ def build_transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_size,
+        expert_model_parallel_size=layout.expert_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         num_layers_in_first_pipeline_stage=config.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=config.num_layers_in_last_pipeline_stage,
@@ -155,7 +156,7 @@ def initialize_weights(model: GPTModel, layout: Layout, *, vocab_size: int, std:
     """
     config = model.config
     for own_name, parameter in model.named_parameters():
-        name = expert_name(own_name)
+        name = global_expert_name(expert_name(own_name), layout.first_expert(config.num_moe_experts))
         if parameter.dim() == 1:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

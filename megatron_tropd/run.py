@@ -26,7 +26,8 @@ from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.guard import Guard
 from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
-from megatron_tropd.huggingface import export_huggingface, load_huggingface
+from megatron_tropd.hf_export import export_huggingface
+from megatron_tropd.huggingface import load_huggingface
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective

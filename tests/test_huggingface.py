@@ -21,7 +21,8 @@ from tests.ranks import run_ranks
 pytest.importorskip("transformers")
 from tests import hf_models
 
-LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2)]}
+LAYOUTS = {2: [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1), (2, 1, 2), (1, 2, 2)]}
+"""World size to (tensor, pipeline, expert) parallel sizes."""
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % hf_models.VOCAB_SIZE
 
 
@@ -59,19 +60,26 @@ def _logits(model: Any, layout: Any) -> torch.Tensor | None:
     return whole[..., : hf_models.VOCAB_SIZE]
 
 
+def _fits(name: str, ep: int) -> bool:
+    """Whether the experts of a family divide over ``ep`` ranks."""
+    return ep == 1 or hf_models.FAMILIES[name].get("num_experts", 1) % ep == 0
+
+
 def _logits_and_exports(folders: dict[str, str], out: str, world_size: int) -> dict[str, tuple[Any, Any]]:
-    from megatron_tropd.huggingface import export_huggingface
+    from megatron_tropd.hf_export import export_huggingface
     from tests import tiny
 
     found = {}
-    for tp, pp in LAYOUTS[world_size]:
-        layout = tiny.start(tp=tp, pp=pp)
+    for tp, pp, ep in LAYOUTS[world_size]:
+        layout = tiny.start(tp=tp, pp=pp, ep=ep)
         for name, folder in folders.items():
+            if not _fits(name, ep):
+                continue
             model, config = _load(Path(folder), layout)
             logits = _logits(model, layout)
             frequencies = model.rotary_pos_emb.inv_freq.numpy()
-            found[f"{name} tp{tp} pp{pp}"] = (frequencies, None if logits is None else logits.numpy())
-            exported = Path(out) / f"{name}-tp{tp}-pp{pp}"
+            found[f"{name} tp{tp} pp{pp} ep{ep}"] = (frequencies, None if logits is None else logits.numpy())
+            exported = Path(out) / f"{name}-tp{tp}-pp{pp}-ep{ep}"
             transfer = export_huggingface(
                 model, layout, config, exported, Path(folder), vocab_size=hf_models.VOCAB_SIZE, max_shard_bytes=20_000
             )
@@ -94,14 +102,16 @@ def test_logits_are_those_of_transformers_and_the_round_trip_keeps_every_bit(
     ranks = run_ranks(world_size, _logits_and_exports, names, str(tmp_path), world_size)
     for name, folder in folders.items():
         expected_frequencies, expected = hf_models.frequencies_and_logits(folder, TOKENS)
-        for tp, pp in LAYOUTS[world_size]:
-            case = f"{name} tp{tp} pp{pp}"
+        for tp, pp, ep in LAYOUTS[world_size]:
+            if not _fits(name, ep):
+                continue
+            case = f"{name} tp{tp} pp{pp} ep{ep}"
             logits = [each[case][1] for each in ranks if each[case][1] is not None]
             assert len(logits) == world_size // pp
             for each in logits:
                 np.testing.assert_allclose(each, expected, atol=1e-4, rtol=0, err_msg=case)
             np.testing.assert_allclose(ranks[0][case][0], expected_frequencies, rtol=1e-6, err_msg=case)
-            _assert_same_folder(tmp_path / f"{name}-tp{tp}-pp{pp}", folder)
+            _assert_same_folder(tmp_path / f"{name}-tp{tp}-pp{pp}-ep{ep}", folder)
 
 
 class _Tracker:
@@ -122,18 +132,18 @@ class _Tracker:
 
 def _peaks(folder: str, out: str, max_shard_bytes: int) -> dict[str, int]:
     """Host bytes held at once while reading and while writing, on a rank that reads and writes."""
-    from megatron_tropd import hf_files, huggingface
+    from megatron_tropd import hf_export, hf_files
     from tests import tiny
 
     layout = tiny.start(tp=2, pp=1)
     reading, writing = _Tracker(), _Tracker()
-    read, gather = hf_files.TensorFiles.read, huggingface._gather
+    read, gather = hf_files.TensorFiles.read, hf_export._gather
     hf_files.TensorFiles.read = lambda *args, **kwargs: reading.add(read(*args, **kwargs))  # type: ignore[method-assign]
-    huggingface._gather = lambda *args, **kwargs: {  # type: ignore[assignment]
+    hf_export._gather = lambda *args, **kwargs: {  # type: ignore[assignment]
         name: writing.add(tensor) for name, tensor in gather(*args, **kwargs).items()
     }
     model, config = _load(Path(folder), layout)
-    huggingface.export_huggingface(
+    hf_export.export_huggingface(
         model, layout, config, Path(out), Path(folder), vocab_size=hf_models.VOCAB_SIZE, max_shard_bytes=max_shard_bytes
     )
     return {"reading": reading.peak, "writing": writing.peak}
@@ -345,7 +355,8 @@ def _refusals(folders: dict[str, str], good: str, out: str) -> tuple[dict[str, s
     import safetensors.torch
 
     from megatron_tropd.hf_config import HuggingFaceError, model_config, read_config
-    from megatron_tropd.huggingface import export_huggingface, load_huggingface
+    from megatron_tropd.hf_export import export_huggingface
+    from megatron_tropd.huggingface import load_huggingface
     from tests import tiny
 
     layout = tiny.start(tp=2, pp=1)

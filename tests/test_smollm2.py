@@ -31,7 +31,8 @@ def _answers(folder: str, tensor_parallel_size: int, out: str) -> list[tuple[Any
     import torch.distributed as dist
 
     from megatron_tropd.hf_config import model_config, read_config
-    from megatron_tropd.huggingface import export_huggingface, load_huggingface
+    from megatron_tropd.hf_export import export_huggingface
+    from megatron_tropd.huggingface import load_huggingface
     from megatron_tropd.models import build_model
     from megatron_tropd.tokenizer import HuggingFaceTokenizer
     from tests import tiny

@@ -43,7 +43,7 @@ TEACHER = ModelConfig(
 """Differs from the student in depth, width, heads, norms, biases, tying and padded vocabulary."""
 
 
-def start(*, tp: int, pp: int, seed: int = 7, sequence_parallel: bool = False) -> Layout:
+def start(*, tp: int, pp: int, ep: int = 1, seed: int = 7, sequence_parallel: bool = False) -> Layout:
     """Process groups of this layout over all ranks, replacing those of an earlier one."""
     from megatron.core import parallel_state
 
@@ -54,6 +54,7 @@ def start(*, tp: int, pp: int, seed: int = 7, sequence_parallel: bool = False) -
         seed=seed,
         timeout_minutes=2,
         sequence_parallel=sequence_parallel,
+        expert_model_parallel_size=ep,
     )
 
 

@@ -1,10 +1,10 @@
 """Convert between Hugging Face folders and the Megatron checkpoints of this package, both ways, on GPUs or the CPU.
 
-    python tools/convert_checkpoint.py hf-to-megatron --hf DIR --out DIR [--tp N --pp N]
-    python tools/convert_checkpoint.py megatron-to-hf --megatron DIR --out DIR --hf DIR [--tp N --pp N]
+    python tools/convert_checkpoint.py hf-to-megatron --hf DIR --out DIR [--tp N --pp N --ep N]
+    python tools/convert_checkpoint.py megatron-to-hf --megatron DIR --out DIR --hf DIR [--tp N --pp N --ep N]
 
-The ranks that share the work are started by the script itself (tp x pp of them; each holds its part of the model). A
-Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone.
+The ranks that share the work are started by the script itself (tp x pp x ep of them, each with its part of the model).
+A Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone.
 
 `--backend bridge` hands the work to Megatron-Bridge, where it is installed, for families this package does not carry.
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         if options.backend == "bridge":
             _convert_with_bridge(options)
             return 0
-        if "RANK" in os.environ or options.tp * options.pp == 1:
+        if "RANK" in os.environ or _num_ranks(options) == 1:
             options.convert(options)
             return 0
         # What needs no rank is refused before any starts.
@@ -44,10 +44,22 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={options.tp * options.pp}", __file__, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return _start_ranks(_num_ranks(options), arguments)
+
+
+def _start_ranks(num_ranks: int, arguments: list[str]) -> int:
+    """This script on ``num_ranks`` ranks of torchrun; returns the exit status of the first that failed, else 0."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable()  # torchrun's report on a rank that has already said what is wrong
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={num_ranks}", __file__, *arguments])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def hf_to_megatron(options: argparse.Namespace) -> None:
@@ -84,14 +96,17 @@ def megatron_to_hf(options: argparse.Namespace) -> None:
     """Read a checkpoint of a run, or a converted one, and write a folder that ``transformers`` loads."""
     from megatron_tropd.checkpoint import load_weights, read_description, resolve, weights_dtype
     from megatron_tropd.config import ModelConfig
+    from megatron_tropd.hf_config import config_values, read_config
 
     started = time.perf_counter()
     path = resolve(options.megatron)
     description = read_description(path)
     config = ModelConfig(**description.architecture)
+    # What the reference cannot express is told now, not after gigabytes have been read.
+    config_values(config, read_config(options.hf), vocab_size=description.vocab_size, dtype="float32")
 
     def convert(model: Any, layout: Any) -> Any:
-        from megatron_tropd.huggingface import export_huggingface
+        from megatron_tropd.hf_export import export_huggingface
 
         sizes = {"vocab_size": description.vocab_size}
         load_weights(path, model, config, **sizes, tokenizer=description.tokenizer)
@@ -110,20 +125,17 @@ def _on_ranks(
 ) -> None:
     """Start the process groups, build the model without weights, convert, and report."""
     from megatron_tropd import distributed
-    from megatron_tropd.config import Config, DataConfig, ParallelConfig
-    from megatron_tropd.config_checks import validate
+    from megatron_tropd.config import ParallelConfig
     from megatron_tropd.models import build_model
 
     _check(options)
-    parallel = ParallelConfig(options.tp, options.pp)
-    # The checks of a model against a layout are those of a run that only reads it.
-    data = DataConfig(train="", validation="")
-    validate(Config(student=config, data=data, output_dir="", parallel=parallel), distributed.world_size(), "evaluate")
+    _check_layout(options, config, distributed.world_size())
     layout = distributed.initialize(
         tensor_model_parallel_size=options.tp,
         pipeline_model_parallel_size=options.pp,
+        expert_model_parallel_size=options.ep,
         seed=0,
-        timeout_minutes=parallel.distributed_timeout_minutes,
+        timeout_minutes=ParallelConfig().distributed_timeout_minutes,
     )
     try:
         model = build_model(config, layout, vocab_size=vocab_size, max_sequence_length=1, dtype=dtype, seed=None)
@@ -141,8 +153,8 @@ def _on_ranks(
 def _convert_with_bridge(options: argparse.Namespace) -> None:
     from megatron_tropd.bridge import export_checkpoint, import_checkpoint
 
-    if options.tp * options.pp != 1:
-        raise ValueError("--backend bridge converts in one process: leave out --tp and --pp")
+    if _num_ranks(options) != 1:
+        raise ValueError("--backend bridge converts in one process: leave out --tp, --pp and --ep")
     _refuse_existing(options.out)
     if options.convert is hf_to_megatron:
         import_checkpoint(options.hf, options.out)
@@ -155,11 +167,38 @@ def _refuse_existing(out: Path) -> None:
         raise ValueError(f"the output folder {out} exists: remove it or give another")
 
 
+def _num_ranks(options: argparse.Namespace) -> int:
+    sizes = {"--tp": options.tp, "--pp": options.pp, "--ep": options.ep}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, found {size}")
+    return math.prod(sizes.values())
+
+
 def _check(options: argparse.Namespace) -> None:
+    """What needs neither ranks nor the checkpoint: refused before any rank starts."""
     from megatron_tropd.hf_config import model_config, read_config
 
     _refuse_existing(options.out)
-    model_config(read_config(options.hf))
+    config = model_config(read_config(options.hf))
+    if options.convert is hf_to_megatron:
+        _check_layout(options, config, _num_ranks(options))
+
+
+def _check_layout(options: argparse.Namespace, config: Any, world_size: int) -> None:
+    from megatron_tropd.config import Config, DataConfig, ParallelConfig
+    from megatron_tropd.config_checks import validate
+
+    # The checks of a model against a layout are those of a run that only reads it.
+    data, parallel = DataConfig(train="", validation=""), ParallelConfig(options.tp, options.pp)
+    validate(Config(student=config, data=data, output_dir="", parallel=parallel), world_size, "evaluate")
+    experts = config.num_moe_experts
+    if options.ep > 1 and (experts is None or experts % options.ep):
+        raise ValueError(
+            f"--ep {options.ep} does not divide the {experts} experts of a layer: choose a size that does"
+            if experts
+            else f"--ep {options.ep} is for models with experts, and this one is dense: leave it out"
+        )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -180,8 +219,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for command in (reading, writing):
         command.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
         command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that share the work (default: 1)")
-        command.add_argument("--backend", choices=["native", "bridge"], default="native", help="default: native")
         command.add_argument("--pp", type=int, default=1, help="pipeline stages that share the work (default: 1)")
+        command.add_argument("--ep", type=int, default=1, help="ranks that share the experts (default: 1)")
+        command.add_argument("--backend", choices=["native", "bridge"], default="native", help="default: native")
     return parser.parse_args(arguments)
 
 

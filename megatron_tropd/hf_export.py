@@ -1,0 +1,159 @@
+"""A model into a Hugging Face folder, tensor by tensor; ``huggingface`` is the way in.
+
+A tensor is gathered over tensor-parallel ranks, and each pipeline stage writes the shards of its own layers, each
+expert-parallel rank those of its own experts. Every function here is called by all ranks, and what one refuses all
+refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.distributed import Layout
+from megatron_tropd.hf_config import CONFIG, HuggingFaceError, config_values, read_config
+from megatron_tropd.hf_files import CARRIED_FILES, plan_shards, require_room, write_index, write_shard
+from megatron_tropd.hf_mapping import OUTPUT, Mapping, is_expert, mappings, source_shapes, unpack
+from megatron_tropd.huggingface import Transfer, all_shapes, mapping_of, refused_together
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def export_huggingface(
+    model: GPTModel,
+    layout: Layout,
+    config: ModelConfig,
+    out: Path,
+    reference_folder: Path,
+    *,
+    vocab_size: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
+) -> Transfer:
+    """Write ``model`` as a Hugging Face folder in the model's dtype: safetensors shards, index, config, tokenizer.
+
+    ``reference_folder`` is of the same family: what config.json says beyond the architecture, the generation config and
+    the tokenizer come from there. Padded vocabulary rows are cut off. ``out`` appears when it is complete: until then
+    the files are in ``<out>.incomplete``, which a failure removes. Raises HuggingFaceError on every rank.
+    """
+    temporary = out.with_name(out.name + ".incomplete")
+    dtype = next(model.parameters()).dtype
+    shapes = all_shapes(config, vocab_size)
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    try:
+        with refused_together(f"{temporary} could not be written"):
+            values = config_values(config, read_config(reference_folder), vocab_size=vocab_size, dtype=str(dtype)[6:])
+            if layout.is_main:
+                if out.exists():
+                    raise HuggingFaceError(f"the output folder {out} exists: remove it or give another")
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                require_room(temporary, sum(sizes.values()))
+        shards = plan_shards(_names_by_writer(model, layout, config), sizes, max_shard_bytes)
+        with refused_together(f"{temporary} could not be written"):
+            _write_own_shards(model, layout, config, temporary, shards, vocab_size=vocab_size, progress=progress)
+        with refused_together(f"{temporary} could not be written"):
+            if layout.is_main:
+                write_index(temporary, shards, sizes)
+                (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+                for name in CARRIED_FILES:
+                    if (reference_folder / name).is_file():
+                        shutil.copyfile(reference_folder / name, temporary / name)
+                os.rename(temporary, out)
+    except HuggingFaceError:
+        if layout.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Transfer(len(shapes), sum(sizes.values()))
+
+
+def _write_own_shards(
+    model: GPTModel,
+    layout: Layout,
+    config: ModelConfig,
+    folder: Path,
+    shards: dict[str, list[str]],
+    *,
+    vocab_size: int,
+    progress: bool,
+) -> None:
+    """Gather this writer's tensors one by one, in the order of the shards, and write each shard when it is whole.
+
+    A rank that cannot write goes on gathering, so that no other waits for it, and raises at the end.
+    """
+    file_of = {name: file for file, names in shards.items() for name in names}
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    failure: OSError | HuggingFaceError | None = None
+    owned = _owned_parameters(model, layout, config)
+    for mapping, parameter in tqdm(owned, desc="writing", unit="tensor", disable=not (progress and layout.is_main)):
+        for name, tensor in _gather(mapping, parameter, layout, config, vocab_size=vocab_size).items():
+            if failure is not None:
+                continue
+            file = file_of[name]
+            ready = waiting.setdefault(file, {})
+            ready[name] = tensor
+            if len(ready) == len(shards[file]):
+                try:
+                    write_shard(folder / file, waiting.pop(file))
+                except (OSError, HuggingFaceError) as error:
+                    failure = error
+                    waiting.clear()
+                ready.clear()  # its tensors, before the next parameter is gathered
+    if failure is not None:
+        raise failure
+
+
+def _gather(
+    mapping: Mapping, parameter: torch.nn.Parameter, layout: Layout, config: ModelConfig, *, vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """The whole Hugging Face tensors of one parameter, on the host of the first tensor-parallel rank alone."""
+    shard = parameter.data.contiguous()
+    shards = [shard]
+    if mapping.cut is not None and layout.tensor_parallel_size > 1:
+        is_first = layout.tensor_parallel_rank == 0
+        received = [torch.empty_like(shard) for _ in range(layout.tensor_parallel_size)] if is_first else None
+        dist.gather(shard, received, group=layout.groups.tp, group_dst=0)
+        shards = received or []
+    if layout.tensor_parallel_rank != 0:
+        return {}
+    cuts = zip(*(unpack(mapping, each.cpu(), config) for each in shards), strict=True)
+    whole = {
+        name: torch.cat(list(parts), dim=mapping.cut or 0) for name, parts in zip(mapping.sources, cuts, strict=True)
+    }
+    shapes = source_shapes(mapping, config, vocab_size=vocab_size)
+    return {name: tensor[: shapes[name][0]].contiguous() for name, tensor in whole.items()}
+
+
+def _owned_parameters(model: GPTModel, layout: Layout, config: ModelConfig) -> list[tuple[Mapping, torch.nn.Parameter]]:
+    """The parameters that this rank's tensor-parallel group writes, in checkpoint order.
+
+    Each is written by the first of its replicas; a tied output layer is the first stage's to write.
+    """
+    by_name = {mapping.megatron: mapping for mapping in mappings(config)}
+    order = {name: index for index, name in enumerate(by_name)}
+    owned = []
+    for name, parameter in model.named_parameters():
+        mapping = mapping_of(model, name, layout, config, by_name)
+        replica = layout.expert_data_parallel_rank if is_expert(mapping.megatron) else layout.data_parallel_rank
+        is_tied_output = mapping.megatron == OUTPUT.megatron and mapping.sources != OUTPUT.sources
+        if replica == 0 and not is_tied_output:
+            owned.append((mapping, parameter))
+    return sorted(owned, key=lambda pair: order[pair[0].megatron])
+
+
+def _names_by_writer(model: GPTModel, layout: Layout, config: ModelConfig) -> list[list[str]]:
+    """Hugging Face tensors that each writing rank has, in order, stage by stage; the same list on every rank."""
+    mine = [name for mapping, _ in _owned_parameters(model, layout, config) for name in mapping.sources]
+    ranks: list[list[str]] = [[] for _ in range(layout.world_size)]
+    dist.all_gather_object(ranks, mine if layout.tensor_parallel_rank == 0 else [])
+    return [names for names in ranks if names]
