@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.hf_config import CONFIG, HuggingFaceError, config_values, read_config
-from megatron_tropd.hf_files import CARRIED_FILES, plan_shards, require_room, write_index, write_shard
+from megatron_tropd.hf_files import CARRIED_FILES, listed, plan_shards, require_room, write_index, write_shard
 from megatron_tropd.hf_mapping import OUTPUT, Mapping, is_expert, mappings, source_shapes, unpack
 from megatron_tropd.huggingface import Transfer, all_shapes, mapping_of, refused_together
 
@@ -44,7 +44,8 @@ def export_huggingface(
 
     ``reference_folder`` is of the same family: what config.json says beyond the architecture, the generation config and
     the tokenizer come from there. Padded vocabulary rows are cut off. ``out`` appears when it is complete: until then
-    the files are in ``<out>.incomplete``, which a failure removes. Raises HuggingFaceError on every rank.
+    the files are in ``<out>.incomplete``, which a failure removes. Raises HuggingFaceError on every rank, for
+    weights that are not finite too.
     """
     temporary = out.with_name(out.name + ".incomplete")
     dtype = next(model.parameters()).dtype
@@ -93,11 +94,14 @@ def _write_own_shards(
     """
     file_of = {name: file for file, names in shards.items() for name in names}
     waiting: dict[str, dict[str, torch.Tensor]] = {}
+    not_finite: list[str] = []
     failure: OSError | HuggingFaceError | None = None
     owned = _owned_parameters(model, layout, config)
     for mapping, parameter in tqdm(owned, desc="writing", unit="tensor", disable=not (progress and layout.is_main)):
         for name, tensor in _gather(mapping, parameter, layout, config, vocab_size=vocab_size).items():
-            if failure is not None:
+            if not tensor.isfinite().all():
+                not_finite.append(name)
+            if failure is not None or not_finite:
                 continue
             file = file_of[name]
             ready = waiting.setdefault(file, {})
@@ -109,6 +113,10 @@ def _write_own_shards(
                     failure = error
                     waiting.clear()
                 ready.clear()  # its tensors, before the next parameter is gathered
+    if not_finite:
+        raise HuggingFaceError(
+            f"the model has NaN or infinite weights: {listed(not_finite)}; export an earlier checkpoint"
+        )
     if failure is not None:
         raise failure
 

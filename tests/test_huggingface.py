@@ -378,7 +378,19 @@ def _refusals(folders: dict[str, str], good: str, out: str) -> tuple[dict[str, s
     with pytest.raises(HuggingFaceError) as error:
         export_huggingface(model, layout, config, Path(good), Path(good), vocab_size=45)
     texts.append(str(error.value))
-    safetensors.torch.save_file = full
+    space = shutil.disk_usage
+    shutil.disk_usage = lambda path: space(path)._replace(free=1000)  # type: ignore[assignment]
+    with pytest.raises(HuggingFaceError) as error:
+        export_huggingface(model, layout, config, Path(out) / "full", Path(good), vocab_size=45)
+    texts.append(str(error.value))
+    shutil.disk_usage = space
+    save_file, safetensors.torch.save_file = safetensors.torch.save_file, full
+    with pytest.raises(HuggingFaceError) as error:
+        export_huggingface(model, layout, config, Path(out) / "full", Path(good), vocab_size=45)
+    texts.append(str(error.value))
+    safetensors.torch.save_file = save_file
+    if layout.tensor_parallel_rank == 1:  # it writes nothing itself
+        model.decoder.layers[2].mlp.linear_fc2.weight.data[0, 0] = torch.nan
     with pytest.raises(HuggingFaceError) as error:
         export_huggingface(model, layout, config, Path(out) / "full", Path(good), vocab_size=45)
     return messages, [*texts, str(error.value)]
@@ -398,7 +410,9 @@ def test_damaged_folders_and_outputs_that_cannot_be_written_are_refused_on_every
             "num_layers: the folder has 4, this run 2; kv_channels: .* 8, .* 4; vocab_size: .* 45", texts[0]
         )
         assert re.search("the output folder .* exists: remove it", texts[1])
-        assert re.search("model.safetensors could not be written .*No space left", texts[2])
+        assert re.search("the weights take 0.1 MB, .* has 0.0 MB free: free some space", texts[2])
+        assert re.search("model.safetensors could not be written .*No space left", texts[3])
+        assert re.search("the model has NaN or infinite weights: model.layers.2.mlp.down_proj.weight;", texts[4])
     assert not list(tmp_path.glob("full*")), "nothing half-written stays"
 
 
