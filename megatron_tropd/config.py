@@ -261,6 +261,8 @@ class TrainingConfig:
     """At the end, write the student as a Hugging Face folder too: <output_dir>/hf/step_N. What config.json says beyond
     the architecture, and the tokenizer's files, come from the Hugging Face folder in student.load, tokenizer.model or
     teacher.load (the first of the student's family)."""
+    export_hf_on_save: bool = False
+    """The same beside every checkpoint, kept and removed with it."""
     log_rollouts: int = 4
     """Rollouts written out as text per step."""
     log_tokens: int = 0

@@ -16,6 +16,7 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
 from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
 from megatron_tropd.config_checks import problems
+from megatron_tropd.exports import export_reference, exports
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
 from megatron_tropd.planner import (
@@ -29,7 +30,7 @@ from megatron_tropd.planner import (
     teacher_layout,
 )
 from megatron_tropd.prompt_sources import read_prompt_file, read_training_prompts, refuse_unshared
-from megatron_tropd.run import check_tokenizer, export_reference, vocab_size
+from megatron_tropd.run import check_tokenizer, vocab_size
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.types import Prompt
@@ -94,9 +95,9 @@ def check(config: Config, world_size: int) -> Findings:
         if model is not None:
             _check_weights(name, model, own_tokenizer, found)
     _check_resume(config, tokenizer, found)
-    if config.training.export_hf:
+    if exports(config):
         with found.collect():
-            export_reference(config, tokenizer)
+            export_reference(config, vocab_size=vocab_size(config.student, tokenizer))
     return found
 
 

@@ -24,9 +24,9 @@ from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_parser import save_config
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
+from megatron_tropd.exports import drop_exports, export_reference, export_student, exports
 from megatron_tropd.guard import Guard
-from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
-from megatron_tropd.hf_export import export_huggingface
+from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import load_huggingface
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
@@ -42,7 +42,7 @@ from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vo
 from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.trackers import require_trackers
 from megatron_tropd.watchdog import Watchdog
-from megatron_tropd.writing import BackgroundWriter
+from megatron_tropd.writing import BackgroundWriter, on_main
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -124,8 +124,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     validate(config, distributed.world_size(), command)
     require_trackers(config)
     tokenizer, teacher_tokenizer = build_tokenizers(config.tokenizer)
-    if command in ("train", "sft") and config.training.export_hf:
-        export_reference(config, tokenizer)
+    if command in ("train", "sft") and exports(config):
+        export_reference(config, vocab_size=vocab_size(config.student, tokenizer))
     tensor_parallel_size, pipeline_parallel_size = layout_sizes(config, command)
     if config.training.deterministic:
         enable_determinism()
@@ -294,11 +294,13 @@ def resume(run: Run, learner: Learner) -> int:
     run.monitor.journal.steps_done = step
     if run.layout.is_main:
         logger.info("resumed from %s", newest)
+    if run.config.training.export_hf_on_save:
+        export(run, learner, step)  # where a crash came between the checkpoint and its export
     return step
 
 
 def save(run: Run, learner: Learner, step: int) -> None:
-    """Checkpoint of ``step`` steps done; with ``training.async_save`` only begun."""
+    """Checkpoint of ``step`` steps done, with ``training.async_save`` only begun; and its export where asked for."""
     training = run.config.training
     save_checkpoint(
         run.checkpoints,
@@ -308,48 +310,14 @@ def save(run: Run, learner: Learner, step: int) -> None:
         keep_every=training.keep_every,
         background=run.background,
     )
+    if training.export_hf_on_save:
+        export(run, learner, step, anew=True)
 
 
-def export(run: Run, learner: Learner, step: int) -> Path:
-    """The student after ``step`` steps as a Hugging Face folder, which is left alone where an earlier call wrote it."""
-    out = run.folder / "hf" / f"step_{step}"
-    if not distributed.from_main(out.exists()):
-        student = run.config.student
-        transfer = export_huggingface(
-            learner.stage.module,
-            run.layout,
-            student,
-            out,
-            export_reference(run.config, run.tokenizer),
-            vocab_size=vocab_size(student, run.tokenizer),
-        )
-        if run.layout.is_main:
-            logger.info("%s: %d tensors, %.1f MB", out, transfer.num_tensors, transfer.num_bytes / 1e6)
-    return out
-
-
-def export_reference(config: Config, tokenizer: Tokenizer) -> Path:
-    """The Hugging Face folder that an export takes its config.json and tokenizer files from.
-
-    Raises ConfigError where no folder of the config can express the student.
-    """
-    has_tokenizer_folder = config.tokenizer.kind == "huggingface"
-    candidates = {
-        "student.load": config.student.load,
-        "tokenizer.model": config.tokenizer.model if has_tokenizer_folder else None,
-        "teacher.load": config.teacher.load if config.teacher is not None else None,
-    }
-    found = {name: Path(folder) for name, folder in candidates.items() if folder and is_huggingface(Path(folder))}
-    problems = []
-    for name, folder in found.items():
-        try:
-            size = vocab_size(config.student, tokenizer)
-            config_values(config.student, read_config(folder), vocab_size=size, dtype="float32")
-            return folder
-        except HuggingFaceError as error:
-            problems.append(f"{name} {folder}: {error}")
-    raise ConfigError(
-        "training.export_hf needs a Hugging Face folder of the student's family, for its config.json and tokenizer: "
-        "set student.load, tokenizer.model or teacher.load to one, or training.export_hf=false and convert a "
-        f"checkpoint later (tools/convert_checkpoint.py). Found {'; '.join(problems) or 'none'}"
-    )
+def export(run: Run, learner: Learner, step: int, *, anew: bool = False) -> None:
+    """The student after ``step`` steps as a Hugging Face folder; one that is there is left alone, unless ``anew``."""
+    config = run.config
+    size = vocab_size(config.student, run.tokenizer)
+    export_student(learner.stage.module, run.layout, config, step, vocab_size=size, anew=anew)
+    if config.training.export_hf_on_save:
+        on_main(lambda: drop_exports(run.folder, run.checkpoints, newest=step), run.layout.is_main)

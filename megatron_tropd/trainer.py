@@ -16,6 +16,7 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
 from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
 from megatron_tropd.evaluate import Evaluator, check_prompts, verifier_options
+from megatron_tropd.exports import exports
 from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
@@ -162,7 +163,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
     log.write({"step": training.train_iters, **_evaluate(run, evaluator)})
     bar.close()
     log.close()
-    if training.export_hf:
+    if exports(run.config):
         export(run, learner, training.train_iters)
     if layout.is_main:
         plot_runs({learner.objective.name: run.folder}, run.folder / "report" / "training.png")

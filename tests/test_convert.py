@@ -121,6 +121,21 @@ def test_the_tool_converts_both_ways_in_any_layout(folder: Path, converted: Path
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
+def test_experts_are_shared_by_ranks_and_come_back_in_another_layout(tmp_path: Path) -> None:
+    experts = hf_models.save_model(tmp_path / "experts", "qwen3_moe")
+    for ep, message in ((3, "--ep 3 does not divide the 4 experts"), (0, "--ep must be at least 1")):
+        finished = _convert("hf-to-megatron", "--hf", experts, "--out", tmp_path / "megatron", "--ep", ep)
+        assert finished.returncode == 2 and message in finished.stderr
+    finished = _convert("hf-to-megatron", "--hf", experts, "--out", tmp_path / "megatron", "--ep", 2)
+    assert finished.returncode == 0, finished.stderr
+    finished = _convert(
+        "megatron-to-hf", "--megatron", tmp_path / "megatron", "--hf", experts, "--out", tmp_path / "back", "--tp", 2
+    )
+    assert finished.returncode == 0, finished.stderr
+    ours, theirs = hf_models.tensors_of(tmp_path / "back"), hf_models.tensors_of(experts)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def _check_loading(folder: str, converted: str) -> None:
     """A converted checkpoint, in a config that leaves defaults out and pads otherwise, holds the folder's weights."""
     from megatron_tropd.checkpoint import load_weights
@@ -188,7 +203,29 @@ def test_the_tool_refuses_before_it_writes(folder: Path, converted: Path, tmp_pa
     )
     finished = _convert("hf-to-megatron", "--hf", folder, "--out", tmp_path / "out", "--backend", "bridge", "--tp", 2)
     assert finished.returncode == 2 and "in one process: leave out --tp" in finished.stderr
+    finished = _convert("hf-to-megatron", "--hf", folder, "--out", tmp_path / "out", "--ep", 2)
+    assert finished.returncode == 2 and "--ep 2 is for models with experts" in finished.stderr
+    reference = hf_models.save_model(tmp_path / "reference", "llama")
+    finished = _convert("megatron-to-hf", "--megatron", converted, "--hf", reference, "--out", tmp_path / "out")
+    assert finished.returncode == 2 and "a llama config.json cannot express this model" in finished.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_ranks_refuse_is_told_once(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    shards = sorted(copy.glob("*.safetensors"))
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    (tmp_path / "file").touch()
+    for source, out, message in (
+        (copy, tmp_path / "out", f"{shards[1]} is truncated or damaged"),
+        (folder, tmp_path / "file" / "out", "Not a directory"),
+    ):
+        finished = _convert("hf-to-megatron", "--hf", source, "--out", out, "--tp", 2)
+        assert finished.returncode == 2
+        assert "Traceback" not in finished.stderr, finished.stderr
+        errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0], finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
 
 
 def test_no_space_is_one_error_and_leaves_nothing(folder: Path, converted: Path, tmp_path: Path) -> None:
@@ -197,7 +234,7 @@ def test_no_space_is_one_error_and_leaves_nothing(folder: Path, converted: Path,
         ("megatron-to-hf", ["--megatron", converted], "model.safetensors could not be written"),
     ):
         finished = _convert(direction, *source, "--hf", folder, "--out", tmp_path / "out", largest_file=10_000)
-        assert finished.returncode == 2, finished.stderr
+        assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
         errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0] and "free some space" in errors[0], finished.stderr
         assert not list(tmp_path.iterdir())
@@ -279,7 +316,41 @@ def _sft_twice(path: str, run: str, kind: str) -> Any:
             sft(load_config(path, overrides))
     if kind == "experts":
         _learn_from_experts(path, f"{run}-teacher")
-    return _checkpoint_logits(run)
+    _export_on_save(path, f"{run}-on-save", async_save=kind == "dense")
+    return _checkpoint_logits(run), {step: _checkpoint_logits(f"{run}-on-save/checkpoints/{step}") for step in KEPT}
+
+
+KEPT = ("step_2", "step_3")
+
+
+def _export_on_save(path: str, run: str, *, async_save: bool) -> None:
+    """Train with an export beside every checkpoint, over what an earlier start left; then as after two crashes."""
+    import torch.distributed as dist
+
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.trainer import sft
+
+    config = load_config(
+        path,
+        [
+            f"--output_dir={run}", "--training.export_hf=false", "--training.export_hf_on_save=true",
+            "--training.save_interval=1", f"--training.async_save={async_save}",
+        ],
+    )  # fmt: skip
+    folder = Path(run) / "hf"
+
+    def crash(removed: str | None, *left: str) -> None:
+        if dist.get_rank() == 0:
+            if removed:
+                shutil.rmtree(folder / removed)
+            for name in left:
+                (folder / name).mkdir(parents=True)
+        dist.barrier()
+
+    crash(None, "step_3")
+    sft(config)
+    crash("step_3", "step_4", "step_4.incomplete")
+    sft(config)
 
 
 def _learn_from_experts(path: str, run: str) -> None:
@@ -334,7 +405,7 @@ def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path
     config["training"] |= {"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 2, "export_hf": True}
     path.write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
-    ours, _ = run_ranks(2, _sft_twice, str(path), str(run), kind)
+    (ours, on_save), _ = run_ranks(2, _sft_twice, str(path), str(run), kind)
     out = run / "hf" / "step_3"
     assert [each.name for each in out.parent.iterdir()] == ["step_3"]
     _, logits = hf_models.frequencies_and_logits(out, TOKENS)
@@ -342,6 +413,11 @@ def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path
     assert abs(logits - before).max() > 0.01
     assert abs(ours - logits).max() < 1e-4
     assert HuggingFaceTokenizer(out).fingerprint == huggingface_fingerprint(folder)
+    each = tmp_path / "run-on-save" / "hf"
+    assert sorted(out.name for out in each.iterdir()) == list(KEPT), "those of the checkpoints that are kept"
+    for step in KEPT:
+        assert abs(on_save[step] - hf_models.frequencies_and_logits(each / step, TOKENS)[1]).max() < 1e-4
+    assert abs(on_save["step_3"] - on_save["step_2"]).max() > 0.01
     if kind == "experts":
         _assert_names_of_transformer_engine(run / "checkpoints" / "step_3")
 

@@ -73,7 +73,7 @@ LEVELS = [
         "watchdog",
         "writing",
     },
-    {"preprocessing", "prompt_sources", "step"},
+    {"exports", "preprocessing", "prompt_sources", "step"},
     {"checkpoint"},
     {"run"},
     {"dry_run", "evaluate", "generate"},
