@@ -71,9 +71,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise HuggingFaceError(f"{file} cannot be read ({error}): give a Hugging Face model folder") from error
+        raise HuggingFaceError(
+            f"{file} cannot be read ({error}): give a folder with a Hugging Face model (`hf download NAME --local-dir "
+            "DIR` fetches one from the hub)"
+        ) from error
     if not isinstance(values, dict):
-        raise HuggingFaceError(f"{file} is not a JSON object: give a Hugging Face model folder")
+        raise HuggingFaceError(f"{file} is not a JSON object: give a folder with a Hugging Face model")
     return values
 
 

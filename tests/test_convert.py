@@ -205,6 +205,8 @@ def test_the_tool_refuses_before_it_writes(folder: Path, converted: Path, tmp_pa
     assert finished.returncode == 2 and "in one process: leave out --tp" in finished.stderr
     finished = _convert("hf-to-megatron", "--hf", folder, "--out", tmp_path / "out", "--ep", 2)
     assert finished.returncode == 2 and "--ep 2 is for models with experts" in finished.stderr
+    finished = _convert("megatron-to-hf", "--megatron", folder, "--hf", folder, "--out", tmp_path / "out", "--tp", 2)
+    assert finished.returncode == 2 and "is a Hugging Face folder: give a checkpoint" in finished.stderr
     reference = hf_models.save_model(tmp_path / "reference", "llama")
     finished = _convert("megatron-to-hf", "--megatron", converted, "--hf", reference, "--out", tmp_path / "out")
     assert finished.returncode == 2 and "a llama config.json cannot express this model" in finished.stderr

@@ -33,11 +33,10 @@ def main(arguments: list[str]) -> int:
         if options.backend == "bridge":
             _convert_with_bridge(options)
             return 0
+        _check(options)
         if "RANK" in os.environ or _num_ranks(options) == 1:
             options.convert(options)
             return 0
-        # What needs no rank is refused before any starts.
-        _check(options)
     except ValueError as error:
         if not type(error).__module__.startswith("megatron_tropd") and type(error) is not ValueError:
             raise
@@ -128,7 +127,6 @@ def _on_ranks(
     from megatron_tropd.config import ParallelConfig
     from megatron_tropd.models import build_model
 
-    _check(options)
     _check_layout(options, config, distributed.world_size())
     layout = distributed.initialize(
         tensor_model_parallel_size=options.tp,
@@ -177,12 +175,14 @@ def _num_ranks(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """What needs neither ranks nor the checkpoint: refused before any rank starts."""
-    from megatron_tropd.hf_config import model_config, read_config
+    from megatron_tropd.hf_config import is_huggingface, model_config, read_config
 
     _refuse_existing(options.out)
     config = model_config(read_config(options.hf))
     if options.convert is hf_to_megatron:
         _check_layout(options, config, _num_ranks(options))
+    elif is_huggingface(options.megatron):
+        raise ValueError(f"--megatron {options.megatron} is a Hugging Face folder: give a checkpoint of this package")
 
 
 def _check_layout(options: argparse.Namespace, config: Any, world_size: int) -> None:
@@ -206,21 +206,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="hf-to-megatron | megatron-to-hf")
     reading = commands.add_parser("hf-to-megatron", help=hf_to_megatron.__doc__)
     reading.set_defaults(convert=hf_to_megatron)
-    reading.add_argument("--hf", type=Path, required=True, help="folder with config.json, safetensors and tokenizer")
+    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
+    reading.add_argument("--hf", **folder, help="folder with config.json, safetensors and tokenizer")
     writing = commands.add_parser("megatron-to-hf", help=megatron_to_hf.__doc__)
     writing.set_defaults(convert=megatron_to_hf)
-    writing.add_argument("--megatron", type=Path, required=True, help="a checkpoint, or a folder that holds some")
+    writing.add_argument("--megatron", **folder, help="a checkpoint, or a folder that holds some: the newest")
     writing.add_argument(
-        "--hf",
-        type=Path,
-        required=True,
-        help="a folder of the same family, for config.json, generation config, tokenizer",
+        "--hf", **folder, help="a folder of the same family, for config.json, generation config and tokenizer"
     )
+    number: dict[str, Any] = {"type": int, "default": 1, "metavar": "N"}
     for command in (reading, writing):
-        command.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
-        command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that share the work (default: 1)")
-        command.add_argument("--pp", type=int, default=1, help="pipeline stages that share the work (default: 1)")
-        command.add_argument("--ep", type=int, default=1, help="ranks that share the experts (default: 1)")
+        command.add_argument("--out", **folder, help="the folder to write; must not exist")
+        command.add_argument("--tp", **number, help="tensor-parallel ranks that share the work (default: 1)")
+        command.add_argument("--pp", **number, help="pipeline stages that share the work (default: 1)")
+        command.add_argument("--ep", **number, help="ranks that share the experts (default: 1)")
         command.add_argument("--backend", choices=["native", "bridge"], default="native", help="default: native")
     return parser.parse_args(arguments)
 
