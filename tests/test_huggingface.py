@@ -367,6 +367,7 @@ def _refusals(folders: dict[str, str], good: str, out: str) -> tuple[dict[str, s
         with pytest.raises(HuggingFaceError) as error:
             load_huggingface(Path(folder), model, layout, given, vocab_size=given.vocab_size)
         messages[name] = str(error.value)
+    load_huggingface(Path(good), model, layout, config, vocab_size=hf_models.VOCAB_SIZE)  # what was refused is in it
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
