@@ -51,6 +51,8 @@ class IndexedCorpus:
         missing = [str(file) for file in (path, path.with_suffix(".bin")) if not file.is_file()]
         if missing:
             raise DataError(f"cannot read {missing[0]}: an indexed dataset is a .bin beside an .idx; check the path")
+        if path.with_suffix(".bin").stat().st_size == 0:  # which cannot be mapped
+            raise DataError(f"{path.with_suffix('.bin')} is empty: write it again")
         try:
             self._data = IndexedDataset(str(path.with_suffix("")), multimodal=False, mmap=True)
             self._boundaries = np.array(self._data.document_indices)

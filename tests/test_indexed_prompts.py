@@ -77,6 +77,9 @@ def test_nothing_left_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, DOCUMENTS[2:3])
     with pytest.raises(DataError, match="all 1 documents are over the length budget"):
         read_indexed_prompts(path, TOKENIZER, 5, "skip")
+    path.with_suffix(".bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train\.bin is empty"):
+        read_indexed_prompts(path, TOKENIZER, 5, "skip")
     path.with_suffix(".bin").unlink()
     with pytest.raises(DataError, match=r"cannot read .*train\.bin"):
         read_indexed_prompts(path, TOKENIZER, 5, "skip")
