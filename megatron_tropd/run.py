@@ -98,6 +98,11 @@ class Run:
         """The config with the hashes of its input files, as a checkpoint keeps it."""
         return snapshot(self.config)
 
+    def keep_config(self) -> None:
+        """Write ``config.yaml`` into the run folder, once nothing in there is another run's."""
+        if self.layout.is_main:
+            save_config(self.config, self.folder / "config.yaml")
+
     def describe(self, step: int) -> Description:
         """What a checkpoint of this run's student at ``step`` is of."""
         return Description(
@@ -147,8 +152,8 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     watchdog.start()
     try:
         with run.monitor:
-            if layout.is_main:
-                save_config(config, run.folder / "config.yaml")
+            if command not in ("train", "sft") and not run.checkpoints.exists():
+                run.keep_config()
             yield run
     finally:
         watchdog.stop()

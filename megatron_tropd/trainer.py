@@ -114,6 +114,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
     """
     training, layout = run.config.training, run.layout
     first_step = resume(run, learner)
+    run.keep_config()
     monitor = run.monitor
     trackers = monitor.open_trackers(run.config, run.folder)
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)

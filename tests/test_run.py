@@ -259,8 +259,11 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, d
     checkpoints = str(tmp_path / "first" / "run")
     wider = config_file(tmp_path / "wider", data, student={"load": checkpoints, "ffn_hidden_size": 64})
     other = config_file(tmp_path / "other", data, student={"load": checkpoints}, tokenizer={"alphabet": "=+0123456789"})
+    kept = tmp_path / "first" / "run" / "config.yaml"
+    before = kept.read_text()
     resumed = config_file(tmp_path / "first", data, training={"train_iters": 2, "seed": 5})
     by_width, by_seed = _messages(wider, resumed)
+    assert "train_iters: 1\n" in before and kept.read_text() == before  # that of the run whose checkpoints lie there
     forced = config_file(tmp_path / "first", data, training={"train_iters": 2, "seed": 5, "allow_config_changes": True})
     (by_force,) = _messages(forced)
     (by_tokenizer,) = _messages(other, command="evaluate")
@@ -269,6 +272,7 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path, d
         assert "! training.seed: the checkpoint has 1234, this run 5" in text
         assert "\n  training.train_iters: the checkpoint has 1, this run 2" in text
     assert by_force == ["no error"] * 2 and _metrics(tmp_path / "first" / "run")[-1]["step"] == 2
+    assert "train_iters: 2\n" in kept.read_text()
     assert all("trained with another tokenizer" in text for text in by_tokenizer)
 
 
