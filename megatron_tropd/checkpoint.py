@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "tropd.json"
 LATEST = "latest"
+_STEP = re.compile(r"step_([0-9]{1,18})")
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -231,7 +233,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{pointer} cannot be read ({error}); write the newest step_N into it") from error
-    if not name.removeprefix("step_").isdecimal():
+    if not _STEP.fullmatch(name):
         raise CheckpointError(f"{pointer} holds {name[:40]!r}, not the name of a checkpoint; write step_N into it")
     path = folder / name
     if not (path / DESCRIPTION).exists():
@@ -294,7 +296,7 @@ def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    return {int(n): path for path in folder.glob("step_*") if (n := path.name.removeprefix("step_")).isdigit()}
+    return {int(found[1]): path for path in folder.glob("step_*") if (found := _STEP.fullmatch(path.name))}
 
 
 def _prune(folder: Path, keep: int, *, newest: Path, keep_every: int = 0) -> None:

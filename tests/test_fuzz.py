@@ -6,13 +6,13 @@ import contextlib
 import json
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_tropd.answers import AnswerStore
@@ -58,8 +58,14 @@ def bombs() -> st.SearchStrategy[bytes]:
     )
 
 
-def check(cases: int, strategy: st.SearchStrategy[Any], read: Callable[[Path, Any], None]) -> None:
-    """``read(folder, case)`` for every case; the folder may hold the case's files alone afterwards."""
+def check(
+    cases: int, strategy: st.SearchStrategy[Any], read: Callable[[Path, Any], None], *, examples: Sequence[Any] = ()
+) -> int:
+    """``read(folder, case)`` for the ``examples`` and ``cases`` drawn ones; returns how many that were.
+
+    The folder may hold the case's files alone afterwards.
+    """
+    count = 0
 
     @settings(
         max_examples=cases,
@@ -70,13 +76,19 @@ def check(cases: int, strategy: st.SearchStrategy[Any], read: Callable[[Path, An
     )
     @given(strategy)
     def one(case: Any) -> None:
+        nonlocal count
+        count += 1
         with tempfile.TemporaryDirectory() as folder:
             inside = Path(folder, "run")
             inside.mkdir()
             read(inside, case)
             assert [path.name for path in Path(folder).iterdir()] == ["run"]
 
+    for case in examples:
+        one = example(case)(one)
     one()
+    assert count >= cases, f"only {count} cases could be drawn"
+    return count
 
 
 def _bytes_of(value: Any) -> bytes:
@@ -95,7 +107,7 @@ files = st.lists(lines | prompt_lines | st.binary(max_size=60), max_size=6).map(
 
 
 @CASES
-def test_jsonl(cases: int) -> None:
+def test_jsonl(cases: int, record_property: Callable[[str, object], None]) -> None:
     def read(folder: Path, content: bytes) -> None:
         path = folder / "file.jsonl"
         path.write_bytes(content)
@@ -107,7 +119,7 @@ def test_jsonl(cases: int) -> None:
             with contextlib.suppress(DataError):
                 attempt()
 
-    check(cases, files, read)
+    record_property("trials", f"fuzz of prompt files and answer stores: {check(cases, files, read)} cases")
 
 
 names = sorted({part for name in field_names() for part in name.split(".")})
@@ -146,7 +158,7 @@ YAML_TRICKS = [
 
 
 @CASES
-def test_yaml(cases: int) -> None:
+def test_yaml(cases: int, record_property: Callable[[str, object], None]) -> None:
     def read(folder: Path, content: bytes) -> None:
         path = folder / "config.yaml"
         path.write_bytes(content)
@@ -156,7 +168,8 @@ def test_yaml(cases: int) -> None:
     dumped = sections.map(lambda tree: yaml.safe_dump(tree).encode("utf-8", errors="surrogatepass"))
     units = st.sampled_from([b"[", b"- ", b"{a: ", b"a:\n ", b"&a "])
     small_bombs = st.builds(lambda count, unit: unit * count, st.integers(1, 5000), units)
-    check(cases, almost_configs() | dumped | st.binary(max_size=80) | small_bombs | st.sampled_from(YAML_TRICKS), read)
+    contents = almost_configs() | dumped | st.binary(max_size=80) | small_bombs | st.sampled_from(YAML_TRICKS)
+    record_property("trials", f"fuzz of configs: {check(cases, contents, read)} cases")
 
 
 class Malicious:
@@ -169,8 +182,17 @@ class Malicious:
         return self.call, self.arguments
 
 
+LONG_NAMES = [
+    ("latest", b"1" * 256),
+    ("latest", b"step_" + b"1" * 256),
+    ("latest", b"step_" + b"1" * 5000),
+    ("manifest.json", json.dumps({"files": {"x" * 256: {"size": 1, "sha256": ""}}}).encode()),
+]
+"""File names longer than file systems take."""
+
+
 @CASES
-def test_checkpoint_metadata(cases: int) -> None:
+def test_checkpoint_metadata(cases: int, record_property: Callable[[str, object], None]) -> None:
     import torch  # noqa: F401  (the first import is longer than a case may take)
 
     from megatron_tropd.checkpoint import latest_checkpoint, read_description
@@ -206,7 +228,9 @@ def test_checkpoint_metadata(cases: int) -> None:
         | bombs()
         | pickles
     )
-    check(cases, st.tuples(st.sampled_from(["latest", "tropd.json", ".metadata", "manifest.json"]), content), read)
+    names = st.sampled_from(["latest", "tropd.json", ".metadata", "manifest.json"])
+    count = check(cases, st.tuples(names, content), read, examples=LONG_NAMES)
+    record_property("trials", f"fuzz of checkpoint metadata: {count} cases")
 
 
 @pytest.mark.parametrize("protocol", range(6))
