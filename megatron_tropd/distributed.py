@@ -30,10 +30,6 @@ def _megatron_globals() -> dict[str, Any]:
 _UNINITIALIZED = {name: copy(value) for name, value in _megatron_globals().items()}
 
 
-MESSAGE_GROUPS: set[str] = set()
-"""Names of the process groups that carry messages between two ranks: their members do not count the same operations."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """This rank's place: process groups and sizes, for everything above."""
@@ -143,7 +139,6 @@ def world_size() -> int:
 
 def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, sequence_parallel: bool) -> Layout:
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    MESSAGE_GROUPS.add(groups.pp.group_name)
     return Layout(
         groups=groups,
         rank=dist.get_rank(),
@@ -187,7 +182,6 @@ def message_group(layout: Layout) -> dist.ProcessGroup:
     """A process group of all ranks for messages between two of them; every rank calls it."""
     group = dist.new_group(timeout=layout.timeout)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-    MESSAGE_GROUPS.add(group.group_name)
     return group
 
 

@@ -35,7 +35,8 @@ class Journal:
         self.phase = "start"
         self.steps_done = 0
         self.outcome = "finished"
-        """How the run will have ended if nothing is raised; ``sigterm`` where it was asked to stop."""
+        """How the run will have ended if nothing is raised; ``sigterm`` where it was asked to stop, ``hung`` where the
+        watchdog ends it."""
         self._started = monotonic()
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,14 @@ class Journal:
         logging.getLogger("megatron_tropd").removeHandler(self._handler)
         self._say(report)
         self._file.close()
+
+    def report_hang(self, message: str) -> None:
+        """The exit report of a job that the watchdog ends: called from its thread, while the run hangs."""
+        self.outcome = "hung"
+        report = self._report(None) | {"message": redact(message)}
+        self._replace("exit.json", {"time": _now(), "rank": self.rank} | report)
+        if not self._file.closed:
+            self.event("exit", **report)
 
     def event(self, name: str, **values: Any) -> None:
         """Append one line: ``time``, ``rank``, ``event``, then ``values``, which JSON has to be able to express."""

@@ -148,7 +148,11 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         run.stop_requested = True
 
     previous = signal.signal(signal.SIGTERM, request_stop)
-    watchdog = Watchdog(layout, timeout_seconds=60 * config.parallel.distributed_timeout_minutes)
+    watchdog = Watchdog(
+        layout,
+        timeout_seconds=60 * config.parallel.distributed_timeout_minutes,
+        on_end=run.monitor.journal.report_hang,
+    )
     watchdog.start()
     try:
         with run.monitor:

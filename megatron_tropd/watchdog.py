@@ -1,9 +1,10 @@
 """Ends the whole job where a rank hangs, and names it: a thread on every rank that reports through the store.
 
-Each rank tells how many operations it has begun in each process group. A group in which some ranks have begun one that
-others have not, with no change for the whole timeout, is waiting for those others; of them, the ones that are not ahead
-of anyone elsewhere wait for nobody and are at fault. So is a rank whose thread itself has fallen silent (a process that
-is stopped or swapped out). Counting operations works where they run on the device and no stack shows who waits.
+Each rank tells how many operations it has begun in each process group, and how many messages to and from each other
+rank. A group in which some ranks have begun one that others have not, with no change for the whole timeout, is waiting
+for those others, and so is one end of a message for the other; of them, the ones that are not ahead of anyone elsewhere
+wait for nobody and are at fault. So is a rank whose thread itself has fallen silent (a process that is stopped or
+swapped out). Counting operations works where they run on the device and no stack shows who waits.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tropd.distributed import MESSAGE_GROUPS, Layout
+from megatron_tropd.distributed import Layout
+from megatron_tropd.messages import MessageCounts
 
 EXIT_CODE = 75
 """Of a job that was ended because a rank hung: EX_TEMPFAIL, try again."""
 _VERDICT = "megatron_tropd/watchdog/verdict"
+_REPORT_SECONDS = 5.0
 _REPORT = "megatron_tropd/watchdog/rank/"
 
 Counts = Mapping[str, int]
-"""Operations begun by one rank, by name of the process group."""
+"""Operations begun by one rank, by name of the process group, and messages, by ``source>destination``."""
 
 
 def find_hung(counts: Sequence[Counts], stuck: frozenset[str]) -> list[int]:
@@ -46,28 +49,43 @@ def find_hung(counts: Sequence[Counts], stuck: frozenset[str]) -> list[int]:
     return sorted(behind - ahead or behind)
 
 
+def counts_of(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """What each rank has begun, from its report; a rank that has begun none of a pair's messages has begun 0."""
+    pairs = {pair for report in reports for pair in report["messages"]}
+    found = []
+    for rank, report in enumerate(reports):
+        mine = [] if report["done"] else [pair for pair in pairs if str(rank) in pair.split(">")]
+        found.append(report["counts"] | {pair: report["messages"].get(pair, 0) for pair in mine})
+    return found
+
+
 class Watchdog:
     """``start()`` once the process groups stand, ``stop()`` at the end; ends this process where the job hangs."""
 
-    def __init__(self, layout: Layout, *, timeout_seconds: float):
+    def __init__(self, layout: Layout, *, timeout_seconds: float, on_end: Callable[[str], None] = lambda message: None):
+        """``on_end`` is called with the message before the process ends; where it hangs too, that is not waited for."""
         self._layout = layout
+        self._on_end = on_end
         self._timeout = timeout_seconds
         self._interval = min(timeout_seconds / 10, 5.0)
         # A connection of its own: the main thread may hold the other one's lock while it waits.
         self._store = dist.distributed_c10d._get_default_store().clone()
+        self._messages = MessageCounts()
         self._main_thread = threading.main_thread().ident
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._since: dict[str, tuple[Any, float]] = {}
 
     def start(self) -> None:
-        """Begin to report and to listen; rank 0 and the last rank also judge."""
+        """Begin to count, to report and to listen; rank 0 and the last rank also judge."""
+        self._messages.install()
         self._thread.start()
 
     def stop(self) -> None:
         """This rank is done and no longer expected to make progress."""
         self._stopping.set()
         self._thread.join()
+        self._messages.remove()
         with contextlib.suppress(dist.DistError):  # the process with the store may have left first
             self._report(done=True)
 
@@ -87,14 +105,19 @@ class Watchdog:
                 self._end(verdict)
 
     def _report(self, *, done: bool = False) -> None:
-        groups = [] if done else list(dist.distributed_c10d._world.pg_names.items())
-        counts = {
-            name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-            for group, name in groups
-            if name not in MESSAGE_GROUPS
-        }
-        report = {"time": time.time(), "counts": counts, "where": "" if done else self._where(), "done": done}
-        self._store.set(f"{_REPORT}{self._layout.rank}", json.dumps(report))
+        self._store.set(f"{_REPORT}{self._layout.rank}", json.dumps(self.report(done=done)))
+
+    def report(self, *, done: bool = False) -> dict[str, Any]:
+        """What this rank has begun, and where it is."""
+        report: dict[str, Any] = {"time": time.time(), "counts": {}, "messages": {}, "where": "", "done": done}
+        if not done:
+            messages = dict(self._messages.within)
+            report["counts"] = {
+                name: group._get_sequence_number_for_group() - messages.get(name, 0)  # type: ignore[attr-defined]
+                for group, name in list(dist.distributed_c10d._world.pg_names.items())
+            }
+            report |= {"messages": dict(self._messages.begun), "where": self._where()}
+        return report
 
     def _where(self) -> str:
         """The main thread's line in this package, and its innermost one."""
@@ -112,7 +135,7 @@ class Watchdog:
         if not self._store.check(keys):
             return None  # somebody has not started yet: that is the process groups' timeout
         reports = [json.loads(self._store.get(key)) for key in keys]
-        counts = [report["counts"] for report in reports]
+        counts = counts_of(reports)
         silent = [
             rank
             for rank, report in enumerate(reports)
@@ -140,19 +163,20 @@ class Watchdog:
         if self._stopping.is_set():
             return
         hung = self._layout.rank in verdict["ranks"]
+        places = "; ".join(
+            f"rank {rank}{f' in {where}' if where else ''}"
+            for rank, where in zip(verdict["ranks"], verdict["where"], strict=True)
+        )
+        doing = "sent no sign of life" if verdict["silent"] else "did not join what others wait in"
+        message = (
+            f"hung: {places} {doing} for {self._timeout:g} s (parallel.distributed_timeout_minutes). Every rank ends; "
+            "the last checkpoint is intact, start again with the same command (torchrun --max-restarts does)"
+        )
         if hung or self._layout.rank == min(set(range(self._layout.world_size)) - set(verdict["ranks"]), default=0):
-            places = "; ".join(
-                f"rank {rank}{f' in {where}' if where else ''}"
-                for rank, where in zip(verdict["ranks"], verdict["where"], strict=True)
-            )
-            doing = "sent no sign of life" if verdict["silent"] else "did not join the operation that others wait in"
-            print(
-                f"error: hung: {places} {doing} for {self._timeout:g} s (parallel.distributed_timeout_minutes). Every "
-                "rank ends; the last checkpoint is intact, start again with the same command (torchrun --max-restarts "
-                "does)",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        report = threading.Thread(target=self._on_end, args=(message,), daemon=True)
+        report.start()
+        report.join(_REPORT_SECONDS)
         if hung:
             faulthandler.dump_traceback(all_threads=True)
         for child in multiprocessing.active_children():  # Megatron's writers would stay behind
