@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
+import queue
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from megatron_tropd.integrity import CheckpointError
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 _PR_SET_PDEATHSIG = 1
@@ -29,6 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 def write_state(state: ShardedStateDict, folder: Path) -> None:
     """Write ``state`` (all ranks call this); where a rank cannot, every rank says which, and nothing stays behind."""
+    _use_own_results()
     _all_or_none(folder, lambda: dist_checkpointing.save(state, str(folder)))
 
 
@@ -42,6 +47,36 @@ def on_main(action: Callable[[], None], is_main: bool) -> None:
             failure = str(error)
     if failure := from_main(failure):
         raise CheckpointError(failure)
+
+
+class WriteResults:
+    """What a writer, this process or one forked from it, has found: one value, in an unnamed file that both have open.
+
+    In the place of the queue behind a server process that Megatron starts on every rank: a SIGTERM to the whole process
+    group, as schedulers send it, ends that server, and the rank that was to save on SIGTERM cannot; and it stays behind
+    where a rank is killed.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the last reference)
+
+    def put(self, value: Any) -> None:
+        """Called by the writer, once."""
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Called when the writer is done; raises ``queue.Empty`` where it has died before."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise queue.Empty from error
+
+
+def _use_own_results() -> None:
+    assert hasattr(filesystem_async, "_results_queue")
+    filesystem_async._results_queue = WriteResults()
 
 
 class BackgroundWriter:
@@ -62,6 +97,7 @@ class BackgroundWriter:
         Waits for an earlier one first.
         """
         self.finish()
+        _use_own_results()
 
         def begin() -> None:
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
@@ -96,7 +132,11 @@ class BackgroundWriter:
 
 
 def _write_until_parent_ends(parent: int, write: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    """``write`` in the forked process, which a killed rank takes along: a restart writes to the same place."""
+    """``write`` in the forked process, which a killed rank takes along: a restart writes to the same place.
+
+    SIGTERM to the whole process group is the rank's to answer, which waits for what is being written.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -11,7 +11,6 @@ and the samples of every step, bit for bit. Exits with 1 where any trial differs
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -120,10 +119,6 @@ def start_ranks(target: Callable[..., None], *arguments: Any) -> list[int]:
                 break
     finally:
         for process in ranks:
-            # With what it has started: Megatron's writers outlive a rank that was killed.
-            with contextlib.suppress(ProcessLookupError):
-                assert process.pid is not None
-                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
     return [process.exitcode or 0 for process in ranks]
@@ -134,7 +129,6 @@ def _rank_main(environment: dict[str, str], target: Callable[..., None], argumen
 
     import torch
 
-    os.setpgid(0, 0)
     os.environ.update(environment)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
