@@ -141,6 +141,7 @@ _LOWEST = {
     "guard.max_grad_norm_ratio": 1,
     "guard.window": 2,
     "guard.max_refused_steps": 0,
+    "guard.max_dumped_samples": 0,
     "guard.replica_check_interval": 0,
     "monitoring.log_interval": 0,
     "monitoring.profile_step_start": 0,

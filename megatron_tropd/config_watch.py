@@ -21,6 +21,9 @@ class GuardConfig:
     with the next step; or go back to the newest checkpoint and on from there with the prompts that come next."""
     max_refused_steps: int = 10
     """skip, rollback: refused steps of the whole run, restarts included, after which it stops anyway."""
+    max_dumped_samples: int = 16
+    """Samples of a refused step to write to refused/, over all ranks: those with the highest sum of abs(loss), or of
+    the gap between engine and trainer; all that are not finite, where some are. 0: the whole batch."""
     replica_check_interval: int = 0
     """Steps between comparisons of the weights' hashes across data-parallel ranks, and with those after the last
     update; a difference stops the run and names the rank. 0: never."""

@@ -23,7 +23,7 @@ class RefusedStepError(ValueError):
     def __init__(self, message: str, samples: Sequence[int] = ()):
         super().__init__(message)
         self.samples = tuple(samples)
-        """Ids of the samples at fault over all ranks; empty where no single one is."""
+        """Ids of the samples to look at, over all ranks; empty for all."""
 
 
 class ExplodingError(RefusedStepError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -22,13 +23,14 @@ import torch.distributed as dist
 from megatron_tropd.ahead import Judged, TeacherAhead
 from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.distributed import Layout
-from megatron_tropd.guard import Guard, RefusedStepError
+from megatron_tropd.guard import ExplodingError, Guard, RefusedStepError
 from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, source_metrics, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
 from megatron_tropd.pair import StudentTeacherStage, build_communicator
 from megatron_tropd.phases import Phases
 from megatron_tropd.replicas import ReplicaCheck
+from megatron_tropd.sample_scores import SampleScores
 from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
@@ -100,18 +102,19 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """
     started = perf_counter()
     learner.phases.begin("schedule")
-    sums, bad_samples = forward_backward(learner, batch)
+    sums, scores = forward_backward(learner, batch)
     teacher_seconds = learner.stage.pop_teacher_seconds() if learner.ahead is None else learner.ahead.seconds
     scheduled = perf_counter()
     learner.phases.add("teacher", teacher_seconds)
     learner.phases.begin("optimizer")
-    _refuse_non_finite(learner, batch, sums, bad_samples)
+    _refuse_non_finite(learner, batch, sums, scores)
     metrics = step_metrics(sums) | source_metrics(sums, batch.micro_batches[0].source_names)
-    _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)
-    if learner.replicas is not None:
-        learner.replicas.before_update(batch.step, learner.stage)
-    if learner.guard.is_active:
-        learner.guard.check(batch.step, *_guarded_numbers(learner, metrics["loss"]))
+    with _naming_worst_samples(scores, learner.guard.config.max_dumped_samples):
+        _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)
+        if learner.replicas is not None:
+            learner.replicas.before_update(batch.step, learner.stage)
+        if learner.guard.is_active:
+            learner.guard.check(batch.step, *_guarded_numbers(learner, metrics["loss"]))
     _, grad_norm, _ = learner.optimizer.step()
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     learner.scheduler.step(increment=1)
@@ -127,21 +130,21 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     }
 
 
-def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], list[int]]:
+def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], SampleScores]:
     """Gradients of the global batch into Megatron's buffers, divided by the global number of loss terms.
 
-    Returns the global metric sums (equal on every rank) and this rank's sample ids whose loss is not finite.
+    Returns the global metric sums (equal on every rank) and what is known of each sample.
     """
     learner.model.train()
     if learner.stage.teacher is not None:
         learner.stage.teacher.eval()
     learner.model.zero_grad_buffer()
     learner.optimizer.zero_grad()
-    bad_samples: list[int] = []
+    scores = SampleScores()
     judged = [None] * len(batch.micro_batches) if learner.ahead is None else learner.ahead.judge(batch)
     first = batch.micro_batches[0]
     micro_batch_sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, learner, bad_samples),
+        forward_step_func=partial(_forward_step, learner, scores),
         data_iterator=iter(zip(batch.micro_batches, judged, strict=True)),
         model=[learner.model],
         num_microbatches=len(batch.micro_batches),
@@ -151,12 +154,12 @@ def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], 
         p2p_communicator=build_communicator(learner.stage, learner.layout.groups.pp),
         pg_collection=learner.layout.groups,
     )
-    return reduce_sums(micro_batch_sums, learner.layout, first.source_names), bad_samples
+    return reduce_sums(micro_batch_sums, learner.layout, first.source_names), scores
 
 
 def _forward_step(
     learner: Learner,
-    bad_samples: list[int],
+    scores: SampleScores,
     micro_batches: Iterator[tuple[MicroBatch, Judged | None]],
     model: DistributedDataParallel,
 ) -> tuple[torch.Tensor, partial]:
@@ -166,12 +169,12 @@ def _forward_step(
         teacher_output = learner.ahead.rows(judged)
         if learner.stage.output_head == "logits":
             teacher_output = torch.nn.functional.linear(teacher_output, learner.stage.teacher_weight())
-    return student_output, partial(_micro_batch_loss, learner, bad_samples, batch, teacher_output)
+    return student_output, partial(_micro_batch_loss, learner, scores, batch, teacher_output)
 
 
 def _micro_batch_loss(
     learner: Learner,
-    bad_samples: list[int],
+    scores: SampleScores,
     batch: MicroBatch,
     teacher_output: torch.Tensor | None,
     student_output: torch.Tensor,
@@ -184,7 +187,7 @@ def _micro_batch_loss(
     weighted_N, report = _weighted_losses(learner, batch, student_output, teacher_output)
     if learner.observe is not None:
         learner.observe(batch, report)
-    bad_samples.extend(_samples_with_non_finite(batch, weighted_N))
+    scores.add(batch, weighted_N, report)
     loss_terms = _count_loss_terms(learner.normalization, batch, report["outlier"])
     return weighted_N.sum(), loss_terms, token_sums(batch, weighted_N, loss_terms, report)
 
@@ -227,15 +230,7 @@ def _count_loss_terms(normalization: Normalization, batch: MicroBatch, outlier_N
     return torch.tensor(batch.num_loss_terms, dtype=torch.int, device=outlier_N.device)
 
 
-def _samples_with_non_finite(batch: MicroBatch, loss_N: torch.Tensor) -> list[int]:
-    bad_N = ~torch.isfinite(loss_N.detach())
-    if not bad_N.any():
-        return []
-    rows = (batch.loss_positions_N[bad_N] // batch.regions_BS.shape[1]).unique().tolist()
-    return [batch.sample_ids[row] for row in rows]
-
-
-def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], bad_samples: list[int]) -> None:
+def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], scores: SampleScores) -> None:
     buffers = learner.model.buffers + learner.model.expert_parallel_buffers
     bad_gradient = sum(~torch.isfinite(buffer.grad_data.norm()) for buffer in buffers)
     bad_loss = float(not torch.isfinite(torch.tensor(sums["loss"])))
@@ -243,9 +238,7 @@ def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], b
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if not flags.any():
         return
-    gathered: list[list[int]] = [[] for _ in range(learner.layout.world_size)]
-    dist.all_gather_object(gathered, bad_samples)
-    samples = sorted({sample for ids in gathered for sample in ids})
+    samples = scores.non_finite()
     what = "loss" if flags[1] else "gradient"
     where = f"samples {samples}" if samples else "no single sample"
     raise NonFiniteError(
@@ -254,6 +247,19 @@ def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], b
         "teacher gives a sampled token no mass: use gate=bernoulli, or lower the learning rate.",
         samples,
     )
+
+
+@contextmanager
+def _naming_worst_samples(scores: SampleScores, count: int) -> Iterator[None]:
+    """A refusal that does not know which samples are at fault gets the worst ``count``; 0: none, which means all."""
+    try:
+        yield
+    except LogProbGapError as error:
+        error.samples = tuple(scores.worst("log_prob_gap", count))
+        raise
+    except ExplodingError as error:
+        error.samples = tuple(scores.worst("loss", count))
+        raise
 
 
 def _guarded_numbers(learner: Learner, loss: float) -> tuple[float, float]:

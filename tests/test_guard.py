@@ -110,7 +110,7 @@ def test_refused_steps_are_skipped_or_rolled_back_alike_on_every_rank(
     data: Path,
     layout: str,
 ) -> None:
-    skip = _config(tmp_path / "skip", data, layout, on_refused="skip")
+    skip = _config(tmp_path / "skip", data, layout, on_refused="skip", max_dumped_samples=3)
     back = _config(tmp_path / "back", data, layout, on_refused="rollback")
     stop = _config(tmp_path / "stop", data, layout)
     few = _config(tmp_path / "few", data, layout, on_refused="skip", max_refused_steps=0)
@@ -122,8 +122,8 @@ def test_refused_steps_are_skipped_or_rolled_back_alike_on_every_rank(
     refused = [line for line in lines if "refused_steps" in line]
     assert [line["refused_steps"] for line in refused] == list(range(1, skipped["num_refused"] + 1))
     assert all("loss" not in line for line in refused)
-    # A whole global batch for each refused step, and nothing else.
-    assert len(_samples(tmp_path / "skip" / "run" / "refused")) == 16 * len(refused)
+    # The 3 worst of a global batch for each refused step, and nothing else.
+    assert len(_samples(tmp_path / "skip" / "run" / "refused")) == 3 * len(refused)
 
     assert rolled_back["error"] == "" and rolled_back["num_refused"] >= 1
     assert rolled_back["calls"] == 8 + rolled_back["batches_ahead"], "as many more batches as were gone back for"

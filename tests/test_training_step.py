@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -133,6 +134,39 @@ def _record_messages() -> None:
 
 def test_both_hidden_states_travel_forward_and_the_students_gradient_alone_backward() -> None:
     run_ranks(2, _record_messages)
+
+
+def _refuse_a_gap(tp: int, pp: int) -> tuple[list[int], tuple[int, ...]]:
+    """(Three samples in which engine and trainer disagree most, those that the refusal names)."""
+    from megatron_tropd.config_watch import GuardConfig
+    from megatron_tropd.guard import Guard
+    from megatron_tropd.step import LogProbGapError, train_step
+    from megatron_tropd.types import Batch, TokenRegion
+    from tests import tiny
+
+    layout = tiny.start(tp=tp, pp=pp)
+    guard = Guard(GuardConfig(max_dumped_samples=3))
+    learner = dataclasses.replace(tiny.build_learner(layout), max_log_prob_gap=1.0, guard=guard)
+    rows = tiny.sequences()
+    chosen = [index for index, row in enumerate(rows) if (row["regions"] == TokenRegion.ON_POLICY).any()][2::-1]
+    log_probs = dict(zip(chosen, (1e7, 1e5, 1e3), strict=True))
+    mine = iter(range(layout.data_parallel_rank, len(rows), layout.data_parallel_size))
+    micro_batches = []
+    for micro_batch in tiny.batch_for_rank(layout, rows, num_micro_batches=2).micro_batches:
+        samples = tuple(next(mine) for _ in micro_batch.sample_ids)
+        for row, sample in enumerate(samples):
+            micro_batch.rollout_log_probs_BS[row] = log_probs.get(sample, 0.0)
+        micro_batches.append(dataclasses.replace(micro_batch, sample_ids=samples))
+    with pytest.raises(LogProbGapError) as refusal:
+        train_step(learner, Batch(tuple(micro_batches), step=0))
+    return chosen, refusal.value.samples
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_refused_step_names_the_worst_samples_of_all_replicas(tp: int, pp: int) -> None:
+    # (4 ranks: two data-parallel replicas, each with half of the samples.)
+    for chosen, named in run_ranks(4, _refuse_a_gap, tp, pp):
+        assert named == tuple(chosen)
 
 
 def _refuse_non_finite_numbers() -> None:
