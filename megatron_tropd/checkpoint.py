@@ -80,9 +80,7 @@ def save_checkpoint(
     final = folder / f"step_{description.step}"
     temporary = folder / f"step_{description.step}.incomplete"
     is_main = learner.layout.is_main
-    if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    on_main(lambda: _make_anew(temporary), is_main)
     state = _training_state(learner, is_loading=False)
     num_bytes = _global_bytes(state, learner.layout)
     on_main(lambda: require_space(temporary, num_bytes), is_main)
@@ -96,6 +94,14 @@ def save_checkpoint(
     write_state(state, temporary)
     publish()
     return final
+
+
+def _make_anew(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made ({error.strerror}); see to its parent folder") from error
 
 
 def _publish(temporary: Path, final: Path, description: Description, keep: int, keep_every: int) -> None:
@@ -166,8 +172,7 @@ def save_weights(path: Path, model: GPTModel, layout: Layout, description: Descr
     num_bytes = _global_bytes(state, layout)
 
     def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        _make_anew(temporary)
         require_space(temporary, num_bytes)
 
     def publish() -> None:
@@ -227,7 +232,7 @@ def _is_whole(path: Path) -> bool:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; None for a run that has none yet."""
     pointer = folder / LATEST
-    if not pointer.exists():
+    if not _exists(pointer):
         return None
     try:
         name = pointer.read_text(encoding="utf-8").strip()
@@ -236,15 +241,24 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{pointer} holds {name[:40]!r}, not the name of a checkpoint; write step_N into it")
     path = folder / name
-    if not (path / DESCRIPTION).exists():
+    if not _exists(path / DESCRIPTION):
         raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint; restore that folder")
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); see to the permissions of its folder"
+        ) from error
 
 
 def resolve(path: Path) -> Path:
     """A ``step_N`` folder from itself, from a run's ``checkpoints`` folder, or from a run folder."""
     for folder in (path, path / "checkpoints"):
-        if (folder / DESCRIPTION).exists():
+        if _exists(folder / DESCRIPTION):
             return folder
         if newest := latest_checkpoint(folder):
             return newest

@@ -181,6 +181,43 @@ def test_what_goes_wrong_on_one_rank_is_an_error_on_every_rank_and_the_next_save
     assert (two_steps / "latest").read_text() == "step_10"
 
 
+def _without_permission(folder: str) -> list[str]:
+    """What reading and writing checkpoints in a folder that its user may not enter says."""
+    import os
+
+    from megatron_tropd import checkpoint
+    from tests import tiny
+
+    layout = tiny.start(tp=2, pp=1)
+    learner = tiny.build_learner(layout)
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # root may enter any
+    messages = []
+    for action in (
+        lambda: checkpoint.find_checkpoint(Path(folder), fall_back=False, is_main=layout.is_main),
+        lambda: checkpoint.find_checkpoint(Path(folder), fall_back=True, is_main=layout.is_main),
+        lambda: checkpoint.resolve(Path(folder)),
+        lambda: checkpoint.save_checkpoint(Path(folder), learner, _description(6), keep=1),
+    ):
+        try:
+            action()
+            messages.append("no error")
+        except checkpoint.CheckpointError as error:
+            messages.append(str(error))
+    os.seteuid(os.getuid())
+    return messages
+
+
+def test_a_folder_without_permission_is_an_error_on_every_rank(two_steps: Path) -> None:
+    two_steps.chmod(0)
+    try:
+        for *read, write in run_ranks(2, _without_permission, str(two_steps)):
+            assert all("Permission denied" in text for text in read), read
+            assert "step_6.incomplete cannot be made (Permission denied)" in write
+    finally:
+        two_steps.chmod(0o700)
+
+
 def test_a_pointer_to_something_incomplete_and_a_damaged_description_are_refused(tmp_path: Path) -> None:
     from megatron_tropd.checkpoint import CheckpointError, latest_checkpoint, read_description, resolve
 
