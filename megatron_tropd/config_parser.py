@@ -107,9 +107,18 @@ def _sections(cls: type) -> dict[str, Any]:
     return result
 
 
+_MAX_LENGTH, _MAX_BRACKETS = 2**20, 1000
+"""PyYAML's time grows with the square of the depth of brackets: a file of them would keep it busy for hours."""
+
+
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if len(text) > _MAX_LENGTH or text.count("[") + text.count("{") > _MAX_BRACKETS:
+            raise ConfigError(
+                f"{path} is no config: more than {_MAX_LENGTH:,} characters or {_MAX_BRACKETS:,} opening brackets"
+            )
+        values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -1,15 +1,18 @@
-"""What counts of a run of the suite beside passed and failed: how many trials its fault, fuzz and hostile tests made."""
+"""What the suite tells beside passed and failed: how many trials its fault, fuzz and hostile tests made."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for each test that has recorded ``trials``."""
-    reports = [report for found in ("passed", "failed") for report in terminalreporter.getreports(found)]
-    trials = [value for report in reports for name, value in report.user_properties if name == "trials"]
-    if trials:
+    """The sums of what tests recorded as ``trials``: (of what, how many)."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        total.update({what: count for name, (what, count) in report.user_properties if name == "trials"})
+    if total:
         terminalreporter.section("trials")
-        for line in trials:
-            terminalreporter.write_line(str(line))
+        for what, count in total.items():
+            terminalreporter.write_line(f"{count} {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from tools import faults
 TRIALS = 5
 
 
-def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
+) -> None:
     identical = faults.run_trials(TRIALS, seed=1, folder=tmp_path)
     output = capsys.readouterr().out
     assert identical == TRIALS, output
     assert output.count(" killed: identical") >= TRIALS - 1, output
     assert all(f" {phase} " in output for phase in faults.PHASES)
+    record_property("trials", ("killed runs restarted, each identical to the undisturbed one", identical))
 
 
 def test_every_trial_is_drawn_from_its_seed_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,11 @@ from megatron_tropd.sandbox import Limits, Outcome, SandboxError, has_namespaces
 
 LIMITS = Limits(cpu_seconds=2, wall_seconds=4, memory_bytes=256 * 2**20, processes=12)
 needs_namespaces = pytest.mark.skipif(not has_namespaces(), reason="this machine lets users make no namespaces")
+
+
+@pytest.fixture(autouse=True)
+def _count(record_property: Callable[[str, object], None]) -> None:
+    record_property("trials", ("tests of programs in the sandbox, most of them hostile", 1))
 
 
 def run(program: str) -> Outcome:
