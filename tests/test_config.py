@@ -74,7 +74,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
 
 
 CONFIGS = sorted(set(EXAMPLES.glob("*/*.yaml")) - {EXAMPLES / "study" / "study.yaml"})
-RANKS = {"study": 1, "qwen3_8gpu": 8, "qwen3_2nodes": 16, "llama3_slurm": 64}
+RANKS = {"study": 1, "paper": 8, "qwen3_8gpu": 8, "qwen3_2nodes": 16, "llama3_slurm": 64}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")

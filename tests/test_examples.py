@@ -1,4 +1,4 @@
-"""The examples for clusters: planned by the planner, accepted by a dry run, their scripts start as many ranks."""
+"""The paper's settings; the examples for clusters: planned, accepted by a dry run, their scripts start enough ranks."""
 
 from __future__ import annotations
 
@@ -131,3 +131,70 @@ def test_what_the_planner_writes_passes_a_dry_run(tmp_path: Path) -> None:
     ((status, text),) = run_ranks(1, _run_planned, str(tmp_path), init_process_group=False)
     assert status == 0, text
     assert "limited by its rollout" in text
+
+
+PAPER = {
+    "qwen3_1p7b_from_nemotron_4b": (1_720_574_976, 4_022_468_096),
+    "deepseek_1p5b_from_skywork_math_7b": (1_777_088_000, 7_615_616_512),
+    "deepseek_1p5b_from_skywork_7b": (1_777_088_000, 7_615_616_512),
+}
+"""Config to the parameters of the published student and teacher architectures."""
+
+
+def test_the_papers_settings_are_the_papers() -> None:
+    assert {path.stem for path in (EXAMPLES / "paper").glob("*.yaml")} == set(PAPER)
+    for name in PAPER:
+        config = load_config(EXAMPLES / "paper" / f"{name}.yaml")
+        options, optimizer, training = config.objective_options, config.optimizer, config.training
+        assert (config.objective, options.gate, options.outlier, options.renormalize) == (
+            "tropd", "bernoulli", "fkl", "none",
+        )  # fmt: skip
+        assert (options.top_k, options.beta, training.normalization) == (64, 0.001, "tokens")
+        assert (config.guidance.schedule, config.guidance.fraction) == ("half-cosine", 1.0)
+        assert config.guidance.max_prefix_length in (None, config.rollout.max_response_length)
+        assert (training.train_iters, training.global_batch_size, config.rollout.samples_per_prompt) == (200, 512, 4)
+        assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style) == (5e-6, 0.0, "constant")
+        assert (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.weight_decay) == (0.9, 0.999, 0.01)
+        assert (optimizer.clip_grad, optimizer.lr_warmup_iters) == (1.0, 0)
+        assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_length) == (
+            1.0,
+            1.0,
+            8192,
+        )
+
+
+def _sizes_on_meta() -> dict[str, tuple[int, int]]:
+    import torch
+
+    from megatron_tropd import distributed
+    from megatron_tropd.models import build_model
+
+    layout = distributed.initialize(
+        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_minutes=1
+    )
+    on_meta = replace(layout, device=torch.device("meta"))
+    sizes = {}
+    for name in PAPER:
+        config = load_config(EXAMPLES / "paper" / f"{name}.yaml")
+        counts = []
+        for model in (config.student, config.teacher):
+            assert model is not None and model.vocab_size is not None
+            with torch.device("meta"):
+                built = build_model(
+                    model,
+                    on_meta,
+                    vocab_size=model.vocab_size,
+                    max_sequence_length=9216,
+                    dtype=torch.bfloat16,
+                    seed=None,
+                )
+            assert built.vocab_size == model.vocab_size, "rows of padding would be counted"
+            counts.append(sum(parameter.numel() for parameter in built.parameters()))
+        sizes[name] = counts[0], counts[1]
+    distributed.finish(layout)
+    return sizes
+
+
+def test_the_papers_models_have_their_published_sizes() -> None:
+    (sizes,) = run_ranks(1, _sizes_on_meta, init_process_group=False)
+    assert sizes == PAPER
