@@ -1,19 +1,18 @@
-"""Run 2,000 small steps on two ranks with a restart every few minutes, and see whether anything grows.
+"""Run 2,000 small steps on two ranks with a restart every two minutes, and see whether anything grows.
 
     make soak        .venv/bin/python tools/soak.py --steps=2000 --restart-seconds=120 --out=benchmarks/soak.md
 
-The program as a user starts it, on gloo, with two data-parallel ranks and tiny models. Restarts are by SIGTERM (save,
-exit 0) and by SIGKILL in turn; each continues from the newest checkpoint. From the ranks' own logs, within every
-stretch between two starts and without its first steps: resident memory, open file handles and seconds of a step, each
-with its slope. The slope's noise comes from the means of blocks of steps, so that alike neighbours do not make it too
-small. Exits with 1 where a slope is above twice its noise and above what matters, or the last stretch is above the
-first by more than that.
+The program as a user starts it, on gloo, with two data-parallel ranks and tiny models. Restarts are by SIGTERM to the
+ranks' process groups (save, exit 0) and by SIGKILL in turn; each continues from the newest checkpoint. From the ranks'
+own logs, within every stretch between two starts and without its first steps: resident memory, open file handles and
+seconds of a step, each with its slope and the slope's standard error. That comes from the means of blocks of steps, so
+that alike neighbours do not make it too small. The stretches of a rank share one slope: exits with 1 where
+it is above what noise gives in one soak of a hundred and above what matters.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from time import monotonic, sleep
 from typing import Any
 
@@ -36,46 +36,63 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 from faults import write_config, write_inputs  # noqa: E402
 
 NUM_RANKS = 2
-NUM_BLOCKS = 8
+SAVE_INTERVAL = 100
+"""Steps. The first saves of a start belong to its warm-up: what they allocate is kept."""
+BLOCK = 25
+"""Steps in a block."""
+FALSE_ALARMS = 0.01
+"""Probability that a soak in which nothing grows says otherwise, over all its measures."""
 MEASURES = {
-    "rss_gb": ("resident memory, GB", 0.02),
-    "open_files": ("open file handles", 1.0),
-    "seconds": ("s per step", 0.02),
+    "rss_gb": ("resident memory, GB", 0.005),
+    "open_files": ("open file handles", 0.5),
+    "seconds": ("s per step", 0.01),
 }
-"""Field of a step to (name, change over 1,000 steps below which nothing matters)."""
+"""Field of a step to (name, change over 1,000 steps below which a growth does not matter, however certain)."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A straight line through a stretch of steps."""
+    """One slope through several series, each with a level of its own."""
 
-    num_steps: int
-    mean: float
     slope: float
     """Change over 1,000 steps."""
     noise: float
     """Standard error of the slope."""
+    freedom: int
+    """Degrees of freedom of the standard error."""
 
 
-def trend(values: Sequence[float], num_blocks: int = NUM_BLOCKS) -> Trend:
-    """Least squares through the means of ``num_blocks`` equal blocks of steps.
+def trend(series: Sequence[Sequence[float]], block: int = BLOCK) -> Trend:
+    """Least squares through the means of blocks of ``block`` steps.
 
     A block's mean is nearly independent of the next one's where single steps are not.
     """
-    size = len(values) // num_blocks
-    assert size >= 1, "a stretch needs a step for every block"
-    means = np.asarray(values[: size * num_blocks], dtype=np.float64).reshape(num_blocks, size).mean(1)
-    centres = (np.arange(num_blocks) + 0.5) * size / 1000
-    spread = centres - centres.mean()
-    slope = float(spread @ means / (spread @ spread))
-    residuals = means - means.mean() - slope * spread
-    noise = float(np.sqrt(residuals @ residuals / (num_blocks - 2) / (spread @ spread)))
-    return Trend(len(values), float(np.mean(values)), slope, noise)
+    centred = []
+    for values in series:
+        count = len(values) // block
+        means = np.asarray(values[: count * block], dtype=np.float64).reshape(count, block).mean(1)
+        places = np.arange(count) * block / 1000
+        centred.append(np.stack([places - places.mean(), means - means.mean()]))
+    x, y = np.concatenate(centred, axis=1)
+    slope = float(x @ y / (x @ x))
+    freedom = len(x) - len(series) - 1
+    assert freedom >= 1, "too few steps for a slope and its noise"
+    residuals = y - slope * x
+    return Trend(slope, float(np.sqrt(residuals @ residuals / freedom / (x @ x))), freedom)
 
 
-def grows(found: Trend, matters: float) -> bool:
-    """Whether the line rises by more than its noise and by more than what matters."""
-    return found.slope > max(2 * found.noise, matters)
+def grows(found: Trend, matters: float, false_alarms: float) -> bool:
+    """Whether the slope is above what noise gives with probability ``false_alarms``, and above what matters."""
+    return found.slope > max(_student_t(1 - false_alarms, found.freedom) * found.noise, matters)
+
+
+def _student_t(probability: float, freedom: int) -> float:
+    """Quantile of Student's t distribution, by the expansion around the normal one's (Fisher and Cornish 1960)."""
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def start(config: Path) -> list[subprocess.Popen[bytes]]:
@@ -97,12 +114,6 @@ def start(config: Path) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def end_group(pid: int) -> None:
-    """Kill what is left of the process group that ``pid`` leads."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
 def run_until_done(config: Path, folder: Path, restart_seconds: float) -> int:
     """Start again and again until the exit report says that all steps are done; returns the number of starts."""
     report = folder / "logs" / "rank_0.exit.json"
@@ -117,11 +128,11 @@ def run_until_done(config: Path, folder: Path, restart_seconds: float) -> int:
             sleep(0.2)
             codes = [rank.poll() for rank in ranks]
         if None in codes:
-            for rank in ranks:
-                rank.send_signal(how)
-            if how == signal.SIGKILL:
-                for rank in ranks:
-                    end_group(rank.pid)  # what a killed rank has started goes on without it
+            for rank in (rank for rank in ranks if rank.poll() is None):
+                if how == signal.SIGTERM:  # as a scheduler sends it: to all that the rank has started, too
+                    os.killpg(rank.pid, how)
+                else:
+                    rank.kill()
         codes = [rank.wait(120) for rank in ranks]
         # First this: a rank that has written its report may still be hit on its way out.
         if report.exists() and json.loads(report.read_text())["outcome"] == "finished":
@@ -145,25 +156,23 @@ def stretches(log: Path, num_warm_up: int) -> list[list[dict[str, Any]]]:
             parts = {name: value for name, value in event["seconds"].items() if name not in ("teacher", "save")}
             result[-1].append(event | {"seconds": sum(parts.values())})
     kept = [steps[num_warm_up:] for steps in result]
-    return [steps for steps in kept if len(steps) >= 2 * NUM_BLOCKS]
+    return [steps for steps in kept if len(steps) >= 2 * BLOCK]
 
 
 def report(folder: Path, num_warm_up: int) -> tuple[list[str], list[str]]:
     """(Rows of the table, what grows) from the logs of a run folder."""
     rows, growing = [], []
+    false_alarms = FALSE_ALARMS / (NUM_RANKS * len(MEASURES))
     for rank in range(NUM_RANKS):
         found = stretches(folder / "logs" / f"rank_{rank}.jsonl", num_warm_up)
         for measure, (name, matters) in MEASURES.items():
-            trends = [trend([step[measure] for step in steps]) for steps in found]
-            for index, line in enumerate(trends):
-                rows.append(
-                    f"| {rank} | {index + 1} | {line.num_steps} | {name} | {line.mean:.4g} | {line.slope:+.4f} ± "
-                    f"{line.noise:.4f} |"
-                )
-                if grows(line, matters):
-                    growing.append(f"rank {rank}, stretch {index + 1}: {name} grows by {line.slope:.4g} in 1,000 steps")
-            if trends and trends[-1].mean - trends[0].mean > max(matters, 0.05 * trends[0].mean):
-                growing.append(f"rank {rank}: {name} went from {trends[0].mean:.4g} to {trends[-1].mean:.4g}")
+            series = [[step[measure] for step in steps] for steps in found]
+            line = trend(series)
+            limit = max(_student_t(1 - false_alarms, line.freedom) * line.noise, matters)
+            means = ", ".join(f"{np.mean(values):.4g}" for values in series)
+            rows.append(f"| {rank} | {name} | {means} | {line.slope:+.4f} ± {line.noise:.4f} | {limit:.4f} |")
+            if grows(line, matters, false_alarms):
+                growing.append(f"rank {rank}: {name} by {line.slope:.4g} in 1,000 steps")
     return rows, growing
 
 
@@ -176,12 +185,14 @@ def render(rows: list[str], growing: list[str], *, steps: int, starts: int, seco
         f"`tools/soak.py`: {steps:,} steps on two data-parallel ranks (gloo, {os.cpu_count()} CPU cores, Python "
         f"{platform.python_version()}), {starts} starts, {seconds / 60:.1f} minutes. {verdict}",
         "",
-        f"Each stretch is what lies between two starts, without its first {num_warm_up} steps; slopes are changes over "
-        "1,000 steps with their standard error. Restarts are by SIGTERM and by SIGKILL in turn; time to save "
-        "is not in a step's seconds.",
+        "A stretch is what lies between two starts, which SIGTERM to the whole process groups and SIGKILL end in turn, "
+        f"without its first {num_warm_up} steps. The slope is the change over 1,000 steps, common to all "
+        f"stretches of a rank, with its standard error from the means of {BLOCK} steps. Above the limit something "
+        f"grows: all limits together are passed by noise in {FALSE_ALARMS:.0%} of soaks, and none is below what "
+        "matters. Time to save is not in a step's seconds.",
         "",
-        "| rank | stretch | steps | measure | mean | slope |",
-        "|---|---|---|---|---|---|",
+        "| rank | measure | mean of each stretch | slope | limit |",
+        "|---|---|---|---|---|",
         *rows,
     ]
     return "\n".join(lines) + "\n"
@@ -192,13 +203,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--restart-seconds", type=float, default=120)
-    parser.add_argument("--warm-up", type=int, default=50, help="steps of a stretch that are not counted")
+    parser.add_argument("--warm-up", type=int, default=2 * SAVE_INTERVAL, help="steps of a stretch not to count")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder / "inputs")
-        training = {"train_iters": options.steps, "save_interval": 100, "log_rollouts": 1}
+        training = {"train_iters": options.steps, "save_interval": SAVE_INTERVAL, "log_rollouts": 1}
         config = write_config(folder, folder / "inputs", "data", **training)
         began = monotonic()
         starts = run_until_done(config, folder / "run", options.restart_seconds)
