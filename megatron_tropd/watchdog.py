@@ -31,6 +31,7 @@ EXIT_CODE = 75
 _VERDICT = "megatron_tropd/watchdog/verdict"
 _REPORT_SECONDS = 5.0
 _REPORT = "megatron_tropd/watchdog/rank/"
+_ENDING = "megatron_tropd/watchdog/ending/"
 
 Counts = Mapping[str, int]
 """Operations begun by one rank, by name of the process group, and messages, by ``source>destination``."""
@@ -159,6 +160,16 @@ class Watchdog:
             return False
         return time.monotonic() - since >= self._timeout
 
+    def _wait_for_others(self) -> None:
+        """Until every rank has said how it ends, for a while: the first to go breaks the connections of the others,
+        whose runs would then fail of that before they know of the hang."""
+        keys = [f"{_ENDING}{rank}" for rank in range(self._layout.world_size)]
+        deadline = time.monotonic() + 2 * self._interval + 1
+        with contextlib.suppress(dist.DistError):
+            self._store.set(keys[self._layout.rank], "")
+            while not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(0.1)
+
     def _end(self, verdict: dict[str, Any]) -> None:
         if self._stopping.is_set():
             return
@@ -177,6 +188,7 @@ class Watchdog:
         report = threading.Thread(target=self._on_end, args=(message,), daemon=True)
         report.start()
         report.join(_REPORT_SECONDS)
+        self._wait_for_others()
         if hung:
             faulthandler.dump_traceback(all_threads=True)
         for child in multiprocessing.active_children():  # Megatron's writers would stay behind

@@ -5,8 +5,8 @@
 
 What is run stands in study.yaml; each run is a command of the package on addition.yaml or chain_sum.yaml. Run folders
 go to runs/study, one line a finished run to results.jsonl: a run whose line is there, made from the same configs, is
-not run again. Seeds are the outermost loop, so a study that was cut short has fewer seeds of everything. docs/study.md
-says what came out.
+not run again. Seeds are the outermost loop, so a study that was cut short has fewer seeds of everything. The
+tables go into docs/study.md.
 """
 
 from __future__ import annotations
