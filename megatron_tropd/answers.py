@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self, overload
 
 from megatron_tropd.jsonl import DataError, parse_object
-from megatron_tropd.types import Prompt
+from megatron_tropd.prompt import Prompt
 
 _FORMAT = "megatron-tropd answers"
 _VERSION = 1

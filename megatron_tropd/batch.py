@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from megatron_tropd.draws import Stream, uniforms
-from megatron_tropd.types import Batch, MicroBatch, Prompt, Rollout, RolloutRequest, TokenRegion
+from megatron_tropd.prompt import Prompt
+from megatron_tropd.types import Batch, MicroBatch, Rollout, RolloutRequest, TokenRegion
 
 Normalization = Literal["tokens", "sequences", "kept"]
 

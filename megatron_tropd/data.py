@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,9 @@ import torch
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.jsonl import DataError, read_objects
 from megatron_tropd.procedural import ProceduralTask
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_lines import LineFormat, parse_line
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.types import Prompt
 
 
 def read_prompts(
@@ -44,7 +44,7 @@ def read_prompts(
         for number, line in read_objects(path):
             where = f"{path}:{number}"
             default_id = f"{source}:{number}" if source else str(number)
-            prompt = Prompt(**vars(parse_line(line, where, default_id, tokenizer, line_format)), source=source)
+            prompt = replace(parse_line(line, where, default_id, tokenizer, line_format), source=source)
             if prompt.id in lines_of_ids:
                 taken = lines_of_ids[prompt.id]
                 raise DataError(f"{where}: id {prompt.id!r} is taken by line {taken}: ids must differ")
@@ -77,7 +77,7 @@ def procedural_prompts(
             details = {"task": task.name, "options": dict(source["kinds"][task.name]), "index": task.index}
             details |= {"seed": source["seed"], "level": source["level"]}
             parsed = parse_line(line, where, f"{task.name}-{task.index}", tokenizer, line_format)
-            yield where, Prompt(**{**vars(parsed), "details": details})
+            yield where, replace(parsed, details=details)
 
     return _within_budget("reasoning-gym", prompts(), tokenizer, max_prompt_length, max_answer_length, long_prompts)
 

@@ -29,11 +29,11 @@ from megatron_tropd.planner import (
     student_layout,
     teacher_layout,
 )
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_prompt_file, read_training_prompts, refuse_unshared
 from megatron_tropd.run import check_tokenizer, vocab_size
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.tokenizer_builder import build_tokenizers
-from megatron_tropd.types import Prompt
 
 
 @dataclass

@@ -17,12 +17,13 @@ from megatron_tropd.config import Config
 from megatron_tropd.config_tasks import EvaluationConfig
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.estimators import Sample, summarize
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_prompt_file
 from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, load_student, open_run, vocab_size
 from megatron_tropd.sandbox import Limits
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest
+from megatron_tropd.types import Rollout, RolloutRequest
 from megatron_tropd.verify import VerifierOptions, check_task, verify
 
 # isort: split

@@ -14,10 +14,11 @@ from megatron_tropd.answers import AnswerHeader, AnswerWriter
 from megatron_tropd.config import Config, architecture
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts
 from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest
+from megatron_tropd.types import Rollout, RolloutRequest
 
 
 def generate(config: Config) -> None:

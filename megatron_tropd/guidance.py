@@ -15,7 +15,8 @@ import torch
 from megatron_tropd.answers import AnswerStore
 from megatron_tropd.config import Schedule
 from megatron_tropd.draws import Stream, uniforms
-from megatron_tropd.types import Prompt, RolloutRequest
+from megatron_tropd.prompt import Prompt
+from megatron_tropd.types import RolloutRequest
 
 
 def max_prefix_length(schedule: Schedule, step: int, total_steps: int, longest: int) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from megatron_tropd.indexed import IndexedCorpus
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.types import Prompt
 
 
 class IndexedPrompts(Sequence[Prompt]):

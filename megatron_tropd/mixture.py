@@ -13,7 +13,7 @@ from megatron_tropd.data import PromptOrder
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.indexed_prompts import IndexedPrompts
 from megatron_tropd.jsonl import DataError
-from megatron_tropd.types import Prompt
+from megatron_tropd.prompt import Prompt
 
 BLOCK = 1024
 """Places among which every source has its share, within one prompt."""
@@ -40,7 +40,7 @@ class MixtureOrder:
             return [(0, index) for index in orders[0].indices(start, count)]
         found = []
         for place in range(start, start + count):
-            source, nth = self._block(place // BLOCK)[place % BLOCK]
+            source, nth = _block(self, place // BLOCK)[place % BLOCK]
             found.append((source, orders[source].indices(nth, 1)[0]))
         return found
 
@@ -49,16 +49,13 @@ class MixtureOrder:
         if len(self.sizes) == 1:
             return [position / self.sizes[0]]
         taken = self._taken(position // BLOCK).tolist()
-        for source, _ in self._block(position // BLOCK)[: position % BLOCK]:
+        for source, _ in _block(self, position // BLOCK)[: position % BLOCK]:
             taken[source] += 1
         return [count / size for count, size in zip(taken, self.sizes, strict=True)]
 
     def _taken(self, num_blocks: int) -> torch.Tensor:
         """Places of each source in the first ``num_blocks`` blocks, int64 ``[sources]``."""
         return _boundaries(self.weights, self.seed, 0, num_blocks).diff(dim=1).sum(0)
-
-    def _block(self, block: int) -> Sequence[tuple[int, int]]:
-        return _block(self, block)
 
 
 def _boundaries(weights: tuple[float, ...], seed: int, first: int, last: int) -> torch.Tensor:

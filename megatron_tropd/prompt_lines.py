@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_tropd.jsonl import DataError, kind_of
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.tokenizer import Message, Tokenizer
 from megatron_tropd.verify import VERIFIERS
 
@@ -24,22 +25,9 @@ class LineFormat:
     prompt_template: str = "{prompt}"
 
 
-@dataclass(frozen=True)
-class PromptLine:
-    """What a line says; ``text`` is the rendered conversation where the line has ``messages``."""
-
-    id: str
-    text: str
-    tokens: tuple[int, ...]
-    answer: str
-    verifier: str = "exact"
-    solution: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
-
-
 def parse_line(
     line: dict[str, Any], where: str, default_id: str, tokenizer: Tokenizer, line_format: LineFormat | None = None
-) -> PromptLine:
+) -> Prompt:
     """A line of a prompt file: ``{"prompt": str}`` or ``{"messages": [...]}``, with "answer" and "id" at will, and what
     a verifier needs; ``line_format`` gives other names and defaults. Template and choices are for plain prompts alone.
 
@@ -70,7 +58,7 @@ def parse_line(
         raise DataError(f"{where}: {error}") from error
     if not tokens:
         raise DataError(f'{where}: "prompt" {text!r} has no tokens under this tokenizer: remove the line')
-    return PromptLine(identifier, text, tuple(tokens), answer, verifier, solution, details)
+    return Prompt(identifier, text, tuple(tokens), answer, verifier, solution, details)
 
 
 def _text(line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: LineFormat) -> str:

@@ -13,9 +13,9 @@ from megatron_tropd.indexed_prompts import read_indexed_prompts
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.mixture import Mixture, read_mixture
 from megatron_tropd.procedural import SOURCES, make_tasks
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_lines import LineFormat
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.types import Prompt
 
 
 def read_training_prompts(

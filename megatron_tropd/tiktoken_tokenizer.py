@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.tokenizer import ChatOptions, Message, check_ids, fingerprint_of
+from megatron_tropd.tokenizer import ChatOptions, Message, check_ids, fingerprint_of, refusing_messages
 
 
 class TiktokenTokenizer:
@@ -63,7 +63,6 @@ class TiktokenTokenizer:
     ) -> str:
         """The conversation under the template of ``tokenizer.chat_template``, as ``transformers`` renders it."""
         try:
-            from jinja2 import TemplateError
             from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise ValueError("chat templates need a package: pip install megatron-tropd[hf]") from error
@@ -72,7 +71,7 @@ class TiktokenTokenizer:
                 "this tokenizer has no chat template: set tokenizer.chat_template to a Jinja file, or give the text "
                 'under "prompt"'
             )
-        try:
+        with refusing_messages():
             rendered, _ = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
                 tools=list(tools) if tools else None,
@@ -84,8 +83,4 @@ class TiktokenTokenizer:
                 unk_token="<unk>",
                 **self._chat.kwargs,
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"the chat template refuses these messages ({error}): correct them or the template"
-            ) from error
         return str(rendered[0])

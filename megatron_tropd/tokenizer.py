@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,6 +42,17 @@ class ChatOptions:
             return Path(self.template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read tokenizer.chat_template {self.template}: {error}; check the path") from error
+
+
+@contextmanager
+def refusing_messages() -> Iterator[None]:
+    """What a chat template raises, as a ValueError that says so."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the chat template refuses these messages ({error}): correct them or the template") from error
 
 
 class Tokenizer(Protocol):
@@ -224,14 +236,12 @@ class HuggingFaceTokenizer:
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, with_answer: bool = False
     ) -> str:
         """The text of ``transformers``' ``apply_chat_template`` for one conversation."""
-        from jinja2 import TemplateError
-
         if self._template is None and not self._tokenizer.chat_template:
             raise ValueError(
                 f"tokenizer.model {self._folder} has no chat template: set tokenizer.chat_template to a Jinja file, or "
                 'give the text under "prompt"'
             )
-        try:
+        with refusing_messages():
             return str(
                 self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
@@ -242,10 +252,6 @@ class HuggingFaceTokenizer:
                     **self._chat.kwargs,
                 )
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"the chat template refuses these messages ({error}): correct them or the template"
-            ) from error
 
 
 def huggingface_fingerprint(folder: str | Path) -> str | None:

@@ -22,6 +22,7 @@ from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.mixture import Mixture
 from megatron_tropd.objectives import preset
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts, refuse_unshared
 from megatron_tropd.report import plot_runs
 from megatron_tropd.rollout import build_engine
@@ -30,7 +31,7 @@ from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import task_advantages
 from megatron_tropd.token_log import TokenLog
-from megatron_tropd.types import Prompt, Rollout
+from megatron_tropd.types import Rollout
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,17 @@
-"""What flows between the parts: prompts, rollouts, batches. Data only, no behaviour.
+"""What flows between the parts: rollouts and batches (``prompt`` has the prompts). Data only, no behaviour.
 
 Shape suffixes: ``B`` sequences of a micro-batch, ``S`` positions (padded length of that micro-batch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+
+from megatron_tropd.prompt import Prompt
 
 OutputHeadMode = Literal["fused", "fused-recompute", "logits"]
 """How the last stage goes from hidden states to losses: in chunks of tokens (`vocab_parallel.fused_head_loss`, with
@@ -26,26 +27,6 @@ class TokenRegion(IntEnum):
     """The token to predict was written by the teacher (a prefix token, or an answer under SFT)."""
     ON_POLICY = 2
     """The token to predict was sampled from the student."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One task. ``tokens`` are the ids of ``text``; ``answer`` is the reference answer as text, "" if there is none."""
-
-    id: str
-    text: str
-    tokens: tuple[int, ...]
-    answer: str
-    verifier: str = "exact"
-    """Which of ``verify.VERIFIERS`` judges a response."""
-    solution: str = ""
-    """A worked solution that ends in the answer, for SFT; "" : the answer alone."""
-    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What the verifier needs beside the answer (``verify.verify``)."""
-    source: str = ""
-    """Names its prompt file in a mixture of several, "" without one."""
-    answer_tokens: tuple[int, ...] = ()
-    """Ids of what SFT learns, end token included, where the source holds ids; (): those of solution or answer."""
 
 
 @dataclass(frozen=True)

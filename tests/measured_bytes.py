@@ -13,8 +13,9 @@ import torch
 from megatron_tropd import rollout
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.optimization import _inner_optimizers
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.step import Learner
-from megatron_tropd.types import Prompt, RolloutRequest
+from megatron_tropd.types import RolloutRequest
 
 
 def storage_bytes(tensors: Any, *, without: Any = ()) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter, prompt_digest
 from megatron_tropd.jsonl import DataError
-from megatron_tropd.types import Prompt
+from megatron_tropd.prompt import Prompt
 
 HEADER = AnswerHeader("f" * 64, {"load": "runs/teacher"}, {"temperature": 1.0, "max_response_length": 6, "seed": 3})
 PROMPTS = [Prompt(name, f"{name}=", (10 + index, 13), "") for index, name in enumerate("abcd")]

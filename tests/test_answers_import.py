@@ -13,8 +13,8 @@ import pytest
 from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter
 from megatron_tropd.data import read_prompts
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.tokenizer import ChatOptions, HuggingFaceTokenizer
-from megatron_tropd.types import Prompt
 from tests import tokenizers_made as made
 from tools import import_answers, preprocess_data
 

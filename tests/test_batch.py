@@ -11,7 +11,8 @@ import torch
 
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
 from megatron_tropd.draws import Stream, uniforms
-from megatron_tropd.types import Batch, Prompt, Rollout, RolloutRequest, TokenRegion
+from megatron_tropd.prompt import Prompt
+from megatron_tropd.types import Batch, Rollout, RolloutRequest, TokenRegion
 
 PAD = 99
 NONE, GUIDANCE, ON_POLICY = TokenRegion.NONE, TokenRegion.GUIDANCE, TokenRegion.ON_POLICY

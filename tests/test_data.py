@@ -14,10 +14,10 @@ import pytest
 
 from megatron_tropd.data import PromptOrder, read_prompts
 from megatron_tropd.jsonl import DataError
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_lines import LineFormat
 from megatron_tropd.tokenizer import CharacterTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_tropd.tokenizer_builder import build_tokenizer
-from megatron_tropd.types import Prompt
 
 DIGITS = CharacterTokenizer("0123456789+=")
 MAKE_DATA = Path(__file__).parent.parent / "examples" / "addition" / "make_data.py"

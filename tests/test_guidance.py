@@ -11,7 +11,7 @@ import pytest
 from megatron_tropd.answers import Answer, AnswerHeader, AnswerStore, prompt_digest
 from megatron_tropd.guidance import build_requests, max_prefix_length, prefix_length
 from megatron_tropd.jsonl import DataError
-from megatron_tropd.types import Prompt
+from megatron_tropd.prompt import Prompt
 
 PROMPTS = [Prompt(name, f"{name}=", (10 + index, 13), "") for index, name in enumerate("ab")]
 ANSWERS: dict[str, list[tuple[int, ...]]] = {"a": [(5, 6, 7, 1)], "b": [(8, 1), (9, 9, 9, 9, 9, 9)]}

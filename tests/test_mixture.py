@@ -15,8 +15,9 @@ from megatron_tropd.data import PromptOrder, read_prompts
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.metrics import SOURCE_NAMES, SUM_NAMES, source_metrics, token_sums
 from megatron_tropd.mixture import BLOCK, MixtureOrder, read_mixture
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.tokenizer import CharacterTokenizer
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest
+from megatron_tropd.types import Rollout, RolloutRequest
 from tests.ranks import run_ranks
 from tests.test_run import _metrics, _train, _weights, config_file
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.sampling import sample_tokens
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest
+from megatron_tropd.types import Rollout, RolloutRequest
 from tests.ranks import run_ranks
 
 LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2)]}

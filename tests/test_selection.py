@@ -12,9 +12,10 @@ import torch
 
 from megatron_tropd.batch import build_batch
 from megatron_tropd.objectives import preset
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.sampling import entropies
 from megatron_tropd.selection import top_entropy_tokens
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest, TokenRegion
+from megatron_tropd.types import Rollout, RolloutRequest, TokenRegion
 from tests.ranks import run_ranks
 
 ALONE = SimpleNamespace(size=lambda: 1)

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_tropd.batch import build_batch
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.task_reward import task_advantages
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest
+from megatron_tropd.types import Rollout, RolloutRequest
 from tests.ranks import run_ranks
 
 EOS = 1

@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     add_record_arguments(parser)
     options = parser.parse_args(arguments)
     config = tokenizer_config(options)
+    assert config is not None  # --tokenizer is required
     try:
         tokenizer, _ = build_tokenizers(config)
         report = import_answers(

@@ -12,12 +12,17 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from megatron_tropd.config import TokenizerConfig
+from megatron_tropd.preprocessing.examples import TASK_KEYS, Field, Keys
+from megatron_tropd.tokenizer import TokenizerKind
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes share the work
 
-_KEYS = ("prompt", "answer", "messages", "text", "id")
+_KEYS = [field.name for field in fields(Keys) if field.name != "task"]
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +53,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool =
     """The options that name a tokenizer, the same for every tool."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer", required=required, help="folder, .model or .json file, as tokenizer.model")
-    kinds = ("characters", "sentencepiece", "huggingface", "tiktoken")
+    kinds = get_args(TokenizerKind)
     group.add_argument(
         "--tokenizer-kind", choices=kinds, default="huggingface", help="characters: --tokenizer has them"
     )
@@ -57,10 +62,8 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool =
     group.add_argument("--no-generation-prompt", action="store_true", help="do not open the assistant's message")
 
 
-def tokenizer_config(options: argparse.Namespace) -> Any:
+def tokenizer_config(options: argparse.Namespace) -> TokenizerConfig | None:
     """The config section of `add_tokenizer_arguments`, None without a tokenizer."""
-    from megatron_tropd.config import TokenizerConfig
-
     if options.tokenizer is None:
         return None
     named = {"alphabet" if options.tokenizer_kind == "characters" else "model": options.tokenizer}
@@ -76,19 +79,20 @@ def tokenizer_config(options: argparse.Namespace) -> Any:
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say where a record has what, the same for every tool."""
     records = parser.add_argument_group("records")
-    records.add_argument("--field", choices=("auto", "prompt", "messages", "text"), default="auto")
+    records.add_argument("--field", choices=get_args(Field), default="auto")
     for name in _KEYS:
         records.add_argument(f"--{name}-key", default=name, help=f"where a record has its {name}")
-    task = ("verifier", "choices", "tests", "solution")
     records.add_argument(
-        "--task-keys", nargs="*", choices=task, default=task, help="what verifiers need, carried over; default: all"
+        "--task-keys",
+        nargs="*",
+        choices=TASK_KEYS,
+        default=TASK_KEYS,
+        help="what verifiers need, carried over; default: all",
     )
 
 
-def record_keys(options: argparse.Namespace) -> Any:
+def record_keys(options: argparse.Namespace) -> Keys:
     """The keys of `add_record_arguments`."""
-    from megatron_tropd.preprocessing.examples import Keys
-
     return Keys(**{name: getattr(options, f"{name}_key") for name in _KEYS}, task=tuple(options.task_keys))
 
 

@@ -24,11 +24,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -81,18 +81,9 @@ def trend(series: Sequence[Sequence[float]], block: int = BLOCK) -> Trend:
     return Trend(slope, float(np.sqrt(residuals @ residuals / freedom / (x @ x))), freedom)
 
 
-def grows(found: Trend, matters: float, false_alarms: float) -> bool:
-    """Whether the slope is above what noise gives with probability ``false_alarms``, and above what matters."""
-    return found.slope > max(_student_t(1 - false_alarms, found.freedom) * found.noise, matters)
-
-
-def _student_t(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution, by the expansion around the normal one's (Fisher and Cornish 1960)."""
-    z = NormalDist().inv_cdf(probability)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+def limit(found: Trend, matters: float, false_alarms: float) -> float:
+    """The slope above which something grows: noise passes it with probability ``false_alarms``, and it matters."""
+    return max(float(student_t.ppf(1 - false_alarms, found.freedom)) * found.noise, matters)
 
 
 def start(config: Path) -> list[subprocess.Popen[bytes]]:
@@ -168,10 +159,10 @@ def report(folder: Path, num_warm_up: int) -> tuple[list[str], list[str]]:
         for measure, (name, matters) in MEASURES.items():
             series = [[step[measure] for step in steps] for steps in found]
             line = trend(series)
-            limit = max(_student_t(1 - false_alarms, line.freedom) * line.noise, matters)
+            most = limit(line, matters, false_alarms)
             means = ", ".join(f"{np.mean(values):.4g}" for values in series)
-            rows.append(f"| {rank} | {name} | {means} | {line.slope:+.4f} ± {line.noise:.4f} | {limit:.4f} |")
-            if grows(line, matters, false_alarms):
+            rows.append(f"| {rank} | {name} | {means} | {line.slope:+.4f} ± {line.noise:.4f} | {most:.4f} |")
+            if line.slope > most:
                 growing.append(f"rank {rank}: {name} by {line.slope:.4g} in 1,000 steps")
     return rows, growing
 

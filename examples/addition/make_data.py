@@ -38,7 +38,7 @@ def make_sums(digits: int, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_sums(path: Path, sums: Sequence[dict[str, str]]) -> None:
-    """One JSON object a line."""
+    """One JSON object a line (of the study's chains too)."""
     path.write_text("".join(json.dumps(line) + "\n" for line in sums), encoding="utf-8")
 
 

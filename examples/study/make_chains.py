@@ -8,10 +8,11 @@ chain of the training file.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+
+from examples.addition.make_data import write_sums
 
 
 def make_chains(num_terms: int, digits: int, count: int, seed: int) -> list[dict[str, str]]:
@@ -38,11 +39,6 @@ def make_chains(num_terms: int, digits: int, count: int, seed: int) -> list[dict
     return list(chains.values())
 
 
-def write_lines(path: Path, lines: Sequence[dict[str, str]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write OUT/train.jsonl and OUT/validation.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     # The held-out chains come first, so that they stay the same when more training chains are asked for.
-    write_lines(options.out / "validation.jsonl", chains[: options.num_validation])
-    write_lines(options.out / "train.jsonl", chains[options.num_validation :])
+    write_sums(options.out / "validation.jsonl", chains[: options.num_validation])
+    write_sums(options.out / "train.jsonl", chains[options.num_validation :])
     print(f"wrote {options.num_train} training and {options.num_validation} held-out chains to {options.out}")
 
 

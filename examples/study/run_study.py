@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,15 +30,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from examples.study import study_report
+from examples.addition import make_data
+from examples.study import make_chains, study_report
 from megatron_tropd.report import read_metrics
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/study")
-DATA = {
-    "addition": [str(HERE.parent / "addition" / "make_data.py")],
-    "chain_sum": [str(HERE / "make_chains.py")],
-}
+DATA = {"addition": make_data.main, "chain_sum": make_chains.main}
 """What writes each task's prompts."""
 NUM_EVALUATIONS = 5
 NUM_WINDOWS = 10
@@ -129,10 +127,9 @@ def run(spec: Spec) -> float:
     log = os.open(spec.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    path = HERE / f"{spec.task}.yaml"
-    config = load_config(path, [*spec.overrides, f"--output_dir={spec.folder}"])
+    config = load_config(HERE / f"{spec.task}.yaml", [*spec.overrides, f"--output_dir={spec.folder}"])
     interval = max(config.training.train_iters // NUM_EVALUATIONS, 1)
-    config = load_config(path, [*spec.overrides, f"--output_dir={spec.folder}", f"--training.eval_interval={interval}"])
+    config = replace(config, training=replace(config.training, eval_interval=interval))
     started = time.perf_counter()
     {"sft": sft, "train": train}[spec.command](config)
     return time.perf_counter() - started
@@ -268,7 +265,7 @@ def _finished(pool: ProcessPoolExecutor, specs: list[Spec]) -> Iterator[tuple[Sp
         spec = futures[future]
         try:
             yield spec, future.result()
-        except BaseException as error:
+        except Exception as error:
             pool.shutdown(wait=False, cancel_futures=True)
             sys.exit(f"{spec.folder} failed: {error}\nIts output: {spec.folder / 'output.log'}")
 
@@ -276,7 +273,7 @@ def _finished(pool: ProcessPoolExecutor, specs: list[Spec]) -> Iterator[tuple[Sp
 def _make_data(study: dict[str, Any], task: str) -> None:
     folder = RUNS / task / "data"
     if not (folder / "train.jsonl").exists():
-        subprocess.run([sys.executable, *DATA[task], *study["tasks"][task]["data"], "--out", str(folder)], check=True)
+        DATA[task]([*study["tasks"][task]["data"], "--out", str(folder)])
 
 
 def _generate(study: dict[str, Any], task: str) -> None:

@@ -19,8 +19,8 @@ from megatron_tropd.jsonl import DataError
 from megatron_tropd.mixture import read_mixture
 from megatron_tropd.preprocessing.examples import Example, Field, Keys, read_example
 from megatron_tropd.preprocessing.sources import read_chunks, size_on_disk
+from megatron_tropd.prompt import Prompt
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.types import Prompt
 
 _ANY_LENGTH = 2**31
 
