@@ -54,13 +54,16 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write the exit report and say in one line where it is; what was raised goes on."""
+        """Write the exit report and say in one line where it is; what was raised goes on.
+
+        A hang that has been reported stays: what is raised after it is of ranks that have ended for it.
+        """
         report = self._report(error)
         if error is not None:
             text = "".join(traceback.format_exception(kind, error, trace))
             self.event("traceback", text=text)
-        self.event("exit", **report)
-        self._replace("exit.json", {"time": _now(), "rank": self.rank} | report)
+        if self.outcome != "hung":
+            self._leave(report)
         self.beat("exit")
         logging.getLogger("megatron_tropd").removeHandler(self._handler)
         self._say(report)
@@ -69,7 +72,10 @@ class Journal:
     def report_hang(self, message: str) -> None:
         """The exit report of a job that the watchdog ends: called from its thread, while the run hangs."""
         self.outcome = "hung"
-        report = self._report(None) | {"message": redact(message)}
+        self._leave(self._report(None) | {"message": redact(message)})
+
+    def _leave(self, report: dict[str, Any]) -> None:
+        """The exit report, as a file and as an event."""
         self._replace("exit.json", {"time": _now(), "rank": self.rank} | report)
         if not self._file.closed:
             self.event("exit", **report)

@@ -94,3 +94,15 @@ def test_the_heartbeat_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
             reads += 1
         writer.join()
     assert reads > 20
+
+
+def test_what_a_hang_brings_down_does_not_take_its_place(tmp_path: Path) -> None:
+    def hang() -> None:
+        with Journal(tmp_path, 1, "train") as journal:
+            journal.report_hang("hung: rank 0 in fail (faulty.py:11)")
+            raise ConnectionError("closed by peer")
+
+    with pytest.raises(ConnectionError):
+        hang()
+    report = json.loads((tmp_path / "logs" / "rank_1.exit.json").read_text())
+    assert (report["outcome"], report["message"]) == ("hung", "hung: rank 0 in fail (faulty.py:11)")
