@@ -240,6 +240,8 @@ class TrainingConfig:
     """Steps between held-out evaluations; 0: only at the end."""
     eval_samples: int = 256
     """Held-out prompts of each file per evaluation during training (`evaluate` takes all)."""
+    target_accuracy: float | None = None
+    """End the run, with a checkpoint, at the first evaluation whose accuracy on data.validation reaches this."""
     save_interval: int = 50
     """Steps between checkpoints; the last step and SIGTERM always save."""
     async_save: bool = False

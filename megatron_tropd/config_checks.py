@@ -295,6 +295,12 @@ def _check_training(config: Config, dp: int, command: str) -> None:
     samples = config.rollout.samples_per_prompt if command == "train" else 1
     require(training.train_iters >= 1, f"training.train_iters must be at least 1, found {training.train_iters}")
     require(training.micro_batch_size >= 1, "training.micro_batch_size must be at least 1")
+    target = training.target_accuracy
+    require(
+        target is None or (0 <= target <= 1 and training.eval_interval >= 1 and config.data.validation is not None),
+        f"training.target_accuracy={target} must be a share in [0, 1], and needs data.validation and a "
+        "training.eval_interval of at least 1: it is what evaluations during training are compared with",
+    )
     chunk = training.head_chunk_size
     require(chunk is None or chunk >= 1, f"training.head_chunk_size must be at least 1, found {chunk}")
     require(

@@ -128,10 +128,12 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         disable=not layout.is_main,
         unit="step",
     )
-    step = first_step
+    step = saved_step = first_step
     while step < training.train_iters:
         monitor.begin_step(step)
         metrics = _evaluate(run, evaluator) if _evaluates(training.eval_interval, step) else {}
+        if training.target_accuracy is not None and metrics.get("accuracy", -1.0) >= training.target_accuracy:
+            break
         try:
             metrics |= _one_step(run, learner, trajectories, mixture, step)
         except RefusedStepError as error:
@@ -153,6 +155,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
             monitor.phases.begin("save")
             save(run, learner, done)
+            saved_step = done
             if run.background is not None and (stop or done == training.train_iters):
                 run.background.finish()
         log.write_scalars(step, monitor.end_step(metrics))
@@ -162,11 +165,15 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
             logger.warning("SIGTERM: saved after step %d; start again with the same command to continue", step)
             return
         step = done
-    log.write({"step": training.train_iters, **_evaluate(run, evaluator)})
+    if step > saved_step:  # training.target_accuracy is reached between two checkpoints
+        save(run, learner, step)
+        if run.background is not None:
+            run.background.finish()
+    log.write({"step": step, **_evaluate(run, evaluator)})
     bar.close()
     log.close()
     if exports(run.config):
-        export(run, learner, training.train_iters)
+        export(run, learner, step)
     if layout.is_main:
         plot_runs({learner.objective.name: run.folder}, run.folder / "report" / "training.png")
 

@@ -206,6 +206,7 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"teacher": {"kv_channels": -8}}, 1, "train", "teacher.kv_channels must be at least 1, found -8"),
         ({"student": {"vocab_size": 0}}, 1, "sft", "student.vocab_size must be at least 1, found 0"),
         ({"optimizer": {"lr": float("inf")}}, 1, "train", "optimizer.lr must be a finite number, found inf"),
+        ({"training": {"target_accuracy": 0.5}}, 1, "sft", "training.eval_interval of at least 1"),
         ({"optimizer": {"lr": -1}}, 1, "train", "optimizer.lr must be at least 0, found -1"),
         ({"optimizer": {"min_lr": 1}}, 1, "train", "optimizer.min_lr 1.* is above optimizer.lr"),
         ({"optimizer": {"adam_beta1": 2}}, 1, "train", r"optimizer.adam_beta1 must be in \[0, 1\), found 2"),

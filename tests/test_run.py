@@ -145,6 +145,35 @@ def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Pa
     assert max(line["log_prob_gap_max"] for line in metrics[:-1]) < 1e-4
 
 
+def _train_to_a_target(path: str) -> None:
+    from megatron_tropd import trainer
+    from megatron_tropd.config_parser import load_config
+
+    class Rising(trainer.Evaluator):
+        def __call__(self) -> dict[str, float]:
+            called.append(1)
+            return super().__call__() | {"accuracy": 0.4 * len(called)}
+
+    called: list[int] = []
+    trainer.Evaluator = Rising  # type: ignore[misc]
+    trainer.train(load_config(path, ["--training.target_accuracy=0.7"]))
+
+
+def test_a_run_ends_where_an_evaluation_reaches_the_target(tmp_path: Path, data: Path) -> None:
+    training = {"eval_interval": 3, "train_iters": 10_000, "save_interval": 2, "target_accuracy": 0.0}
+    path = config_file(tmp_path, data, training=training)
+    metrics, checkpoints = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints"
+    process = _start(path)
+    assert process.wait(timeout=100) == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [0]  # reached before any step
+    run_ranks(1, _train_to_a_target, str(path), timeout=100, init_process_group=False)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert "loss" in lines[2] and "loss" not in lines[3] and lines[3]["accuracy"] == pytest.approx(1.2)
+    assert (checkpoints / "latest").read_text() == "step_3"
+    assert _exit_report(tmp_path / "run", 0)["outcome"] == "finished"
+
+
 def _exit_report(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads((folder / "logs" / f"rank_{rank}.exit.json").read_text())
 

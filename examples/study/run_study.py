@@ -69,7 +69,7 @@ class Spec:
         """Of all that the result depends on, as far as the study's files say it."""
         text = (HERE / f"{self.task}.yaml").read_text(encoding="utf-8")
         task = study["tasks"][self.task]
-        parts = [text, task["data"], task["teacher"], task["base"].get(self.student), self.command, self.overrides]
+        parts = [text, task["data"], task["teacher"], task["base"], self.command, self.overrides]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -82,7 +82,7 @@ def teacher_spec(study: dict[str, Any], task: str) -> Spec:
 
 def base_spec(study: dict[str, Any], task: str, student: str, seed: int) -> Spec:
     """The short SFT that every method starts from."""
-    overrides = (*study["students"][student], *study["tasks"][task]["base"][student], f"--training.seed={seed}")
+    overrides = (*study["students"][student], *study["tasks"][task]["base"], f"--training.seed={seed}")
     return Spec(task, student, seed, "base", "sft", ("--teacher=null", *overrides))
 
 
@@ -128,7 +128,7 @@ def run(spec: Spec) -> float:
     os.dup2(log, 1)
     os.dup2(log, 2)
     config = load_config(HERE / f"{spec.task}.yaml", [*spec.overrides, f"--output_dir={spec.folder}"])
-    interval = max(config.training.train_iters // NUM_EVALUATIONS, 1)
+    interval = config.training.eval_interval or max(config.training.train_iters // NUM_EVALUATIONS, 1)
     config = replace(config, training=replace(config.training, eval_interval=interval))
     started = time.perf_counter()
     {"sft": sft, "train": train}[spec.command](config)

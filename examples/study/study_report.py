@@ -27,7 +27,7 @@ PANELS = (
     ("student_entropy", "student entropy (nats per token)", "linear"),
     ("outlier_share", "outlier share of on-policy tokens", "linear"),
 )
-TITLES = {"addition": "addition (6 tokens)", "chain_sum": "chains of sums (28 tokens)"}
+TITLES = {"addition": "addition (6 tokens)", "chain_sum": "chains of sums (19 tokens)"}
 
 
 @dataclass(frozen=True)
