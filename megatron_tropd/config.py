@@ -167,6 +167,11 @@ class ObjectiveOptions:
     prompt's samples; 0: none."""
     importance_cap: float | None = None
     """Weigh on-policy tokens by min(trainer / engine probability, cap); None: no weights."""
+    clip_ratio_low: float | None = None
+    """PPO's clip of the trainer / engine probability in terms on the sampled token, below 1 - clip_ratio_low; None: 0.2
+    where training.steps_per_rollout > 1, else no ratio."""
+    clip_ratio_high: float | None = None
+    """And above 1 + clip_ratio_high; None: 0.28 where training.steps_per_rollout > 1."""
     renormalize: Literal["none", "teacher", "both"] | None = None
     """Renormalisation over the top-k set."""
     tail: Literal["none", "bucket"] | None = None
@@ -218,6 +223,10 @@ class TrainingConfig:
     sequence, data.max_prompt_length + rollout.max_response_length. Long tails then cost memory for themselves alone."""
     seed: int = 1234
     """Keys initialisation, data order, sampling and the trust gate."""
+    steps_per_rollout: int = 1
+    """Optimizer steps on one rollout: the engine generates for this many global batches at once, with the same weights,
+    and each step learns from one of them. Above 1 the later ones are off-policy, and terms on the sampled token take
+    PPO's clipped ratio (objective_options.clip_ratio_low, _high). Saves and ends happen between rollouts."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 main gradients on GPUs, fp32 on the CPU."""
     deterministic: bool = False

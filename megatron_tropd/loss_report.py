@@ -26,6 +26,8 @@ class LossReport(Mapping[str, torch.Tensor]):
     """M: 1 where the objective trusts the token, 0 where the outlier treatment acts; P_trust under the soft gate."""
     outlier: torch.Tensor
     """1 - M at on-policy tokens."""
+    clipped: torch.Tensor | None = None
+    """1 where PPO's clip takes the gradient of the terms on the sampled token away; None without a clipped ratio."""
     teacher_log_prob: torch.Tensor | None = None
     """log pi_T(x); this and all below are None without a teacher."""
     reward: torch.Tensor | None = None

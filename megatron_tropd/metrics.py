@@ -35,6 +35,7 @@ SUM_NAMES = (
     "reverse_kl_k3",
     "student_entropy",
     "teacher_entropy",
+    "clipped",
 )
 """Summed over positions; ``loss_terms`` is the denominator of the loss."""
 MAX_NAMES = ("negative_reward_max", "log_prob_gap_max")
@@ -79,6 +80,7 @@ def token_sums(
         estimate(k3),
         total("student_entropy", everywhere_N),
         total("teacher_entropy", everywhere_N),
+        total("clipped", on_policy_N),
     ]
     nowhere_N = torch.zeros_like(on_policy_N)
     maxima = [
@@ -149,7 +151,8 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     and ``reward_min``, ``reverse_kl_k2`` and ``reverse_kl_k3``, estimates of KL(S||T) in nats beside -``reward`` = K1,
     ``teacher_top_k_mass`` and ``top_k_divergence`` (nats) over the rows that needed a top-k, entropies
     in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
-    = mean |trainer - engine| in nats, and its maximum.
+    = mean |trainer - engine| in nats, and its maximum, ``clipped_ratio_share`` of on-policy tokens that PPO's clip takes
+    the sampled terms from.
     """
     on_policy = max(sums["on_policy_tokens"], 1.0)
     response = max(sums["on_policy_tokens"] + sums["guidance_tokens"], 1.0)
@@ -169,6 +172,7 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "on_policy_share": sums["on_policy_tokens"] / response,
         "response_tokens": response if any_on_policy or sums["guidance_tokens"] else 0.0,
         "log_prob_gap": sums["log_prob_gap"] / on_policy,
+        "clipped_ratio_share": sums["clipped"] / on_policy,
         "log_prob_gap_max": sums["log_prob_gap_max"] if any_on_policy else 0.0,
     }
 

@@ -41,6 +41,10 @@ def dense_loss(
     on_policy = regions_T == 2
     R = (log_q_x - log_p_x).detach()
     top_k = _TopK(log_p, log_q, objective)
+    # Terms on the sampled token are linear in log p(x): with a variable of its own in its place, its slope is known.
+    whole_log_p_x = log_p_x
+    if objective.clip_ratio_low is not None:
+        log_p_x = log_p_x.detach().requires_grad_()
     facts |= {"M": _trust(R, objective, uniforms_T), "mass": top_k.mass}
     if objective.guidance_loss == "forward_kl":
         loss = torch.where(regions_T == 1, objective.guidance_beta * _kl(log_q, log_p), 0.0)
@@ -64,9 +68,30 @@ def dense_loss(
     if advantages_T is not None:
         per_token = per_token - advantages_T.double() * log_p_x
     if engine_log_probs_T is not None:
-        ratio = (log_p_x.detach() - engine_log_probs_T.double()).exp()
-        per_token = torch.minimum(ratio, torch.tensor(objective.importance_cap)) * per_token
+        ratio = (whole_log_p_x - engine_log_probs_T.double()).exp()
+        weight = torch.ones_like(ratio.detach())
+        if objective.importance_cap is not None:
+            weight = ratio.detach().clamp(max=objective.importance_cap)
+        if objective.clip_ratio_low is not None:
+            per_token = weight * _ppo(per_token, log_p_x, ratio, objective)
+        else:
+            per_token = weight * per_token
     return loss + torch.where(on_policy, per_token, 0.0), facts
+
+
+def _ppo(per_token: torch.Tensor, log_p_x: torch.Tensor, ratio: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """PPO's -min(r A, clip(r) A) for the terms linear in ``log_p_x``, reported as -r A log p where it is not clipped;
+    with a cap on the weights r is in them."""
+    (slope,) = torch.autograd.grad(per_token.sum(), log_p_x, retain_graph=True)
+    advantage = -slope
+    others = per_token + advantage * log_p_x.detach()
+    low, high = 1 - objective.clip_ratio_low, 1 + objective.clip_ratio_high
+    surrogate = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = (advantage * ratio > advantage * ratio.clamp(low, high)).detach()
+    value = torch.where(clipped, 0.0, -advantage * ratio * log_p_x).detach()
+    scale = ratio.detach() if objective.importance_cap is not None else 1.0
+    # `others` still depends on the variable: its slope there is zero, and it is detached from the logits anyway.
+    return others + (value + surrogate - surrogate.detach()) / scale
 
 
 def _statistics(

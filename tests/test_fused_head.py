@@ -142,7 +142,7 @@ def compare_with_dense(groups: dict[int, Any]) -> dict[str, float]:
             logits_NV, teacher_NV, case.tokens_N, case.regions_N, objective,
             vocab_size=case.vocab_size, uniforms_T=case.uniforms_N,
             advantages_T=case.advantages_N if objective.task_reward else None,
-            engine_log_probs_T=case.engine_log_probs_N if objective.importance_cap is not None else None,
+            engine_log_probs_T=case.engine_log_probs_N if objective.needs_engine_log_probs else None,
         )  # fmt: skip
         weighted_N = dense_N * case.weights_N
         weighted_N.sum().backward()

@@ -35,6 +35,9 @@ TOP_2_FKL_SCALED = 7 / 3 * L - L3
 REOPOLD_TAU = -1.7199611490370512  # ln(0.3) / 0.7
 
 
+CLIP = {"clip_ratio_low": 1 / 4, "clip_ratio_high": 0.28}
+
+
 def log(*probabilities: float) -> torch.Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
@@ -180,6 +183,20 @@ HAND: list[tuple[str, dict[str, Any], dict[str, Any], float, float]] = [
     ("opd", {"importance_cap": 2}, {"engine": 1 / 8}, -6 * L**2, 6 * L),
     ("tropd", {"importance_cap": 2}, {"engine": 1 / 8, "uniform": 0.126}, 2 * TOP_2_FKL, 0.0),
     ("tropd", {"importance_cap": 2}, {"engine": 1 / 8, "region": 1}, 0.001 * L, -0.001),
+    # PPO with bounds 3/4 and 1.28, ratios 4/5 and 4 as above, advantage R = -3 L: 4/5 is within, 4 beyond the bound that
+    # only positive advantages have; 5/9 is below. For R = L > 0: 4 is above, 4/5 within.
+    ("opd", {**CLIP}, {"engine": 5 / 8}, -12 / 5 * L**2, 12 / 5 * L),
+    ("opd", {**CLIP}, {"engine": 1 / 8}, -12 * L**2, 12 * L),
+    ("opd", {**CLIP, "importance_cap": 2}, {"engine": 1 / 8}, -6 * L**2, 6 * L),
+    ("opd", {**CLIP}, {"engine": 9 / 10}, 0.0, 0.0),
+    ("opd", {**CLIP}, {"engine": 5 / 8, "teacher": 1.0}, 4 / 5 * L**2, -4 / 5 * L),
+    ("opd", {**CLIP}, {"engine": 1 / 8, "teacher": 1.0}, 0.0, 0.0),
+    # The outlier's forward KL and guidance are no policy gradients: no ratio.
+    ("tropd", {**CLIP}, {"engine": 9 / 10, "uniform": 0.126}, TOP_2_FKL, 0.0),
+    ("tropd", {**CLIP}, {"engine": 9 / 10, "region": 1}, 0.001 * L, -0.001),
+    # The sum decides: advantage -3 L + 4 > 0 is clipped above; -3 L + 2 < 0 is not.
+    ("opd", {**CLIP, "task_reward": 1}, {"engine": 1 / 8, "advantage": 4.0}, 0.0, 0.0),
+    ("opd", {**CLIP, "task_reward": 1}, {"engine": 1 / 8, "advantage": 2.0}, 4 * (2 - 3 * L) * L, 4 * (3 * L - 2)),
 ]
 
 
@@ -449,6 +466,10 @@ def test_reward_form_has_no_expected_gradient() -> None:
         ("seq-kd", {"gate": "soft"}, "no trust gate"),
         ("seq-kd", {"task_reward": 0.5}, "leave task_reward and importance_cap out"),
         ("opd", {"task_reward": -1}, "task_reward must be finite and >= 0"),
+        ("opd", {"clip_ratio_low": 0.2}, "belong together"),
+        ("opd", {"clip_ratio_low": 0.0, "clip_ratio_high": 0.2}, "clip_ratio_low must be None or strictly between"),
+        ("mopd", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}, "no term on the sampled token"),
+        ("fkl", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}, "no term on the sampled token"),
         ("opd", {"importance_cap": 0.5}, "importance_cap must be None or at least 1"),
         ("tropd", {"guidance_loss": "divergence"}, "use preset 'gkd'"),
         ("tropd-exact", {"guidance_loss": "divergence"}, "use preset 'gkd'"),

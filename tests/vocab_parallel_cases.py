@@ -66,6 +66,10 @@ VARIANTS: list[Objective] = [
     preset("opd", task_reward=1.0),
     preset("rkl-exact", task_reward=1.0),
     preset("tropd", top_k=7, task_reward=1.0, importance_cap=1.5),
+    preset("tropd", top_k=7, clip_ratio_low=0.2, clip_ratio_high=0.28),
+    preset("tropd", top_k=7, outlier="clip", gate="soft", task_reward=1.0, clip_ratio_low=0.3, clip_ratio_high=0.1),
+    preset("jsd", top_k=7, clip_ratio_low=0.2, clip_ratio_high=0.28, importance_cap=1.5),
+    preset("rkl-exact", task_reward=1.0, clip_ratio_low=0.2, clip_ratio_high=0.28),
 ]
 
 
@@ -90,7 +94,7 @@ class Case:
         found = {}
         if objective.task_reward:
             found["advantages_T"] = self.advantages_T
-        if objective.importance_cap is not None:
+        if objective.needs_engine_log_probs:
             found["engine_log_probs_T"] = self.engine_log_probs_T
         return found
 

@@ -9,9 +9,11 @@ from megatron_tropd.objectives.options import ExactDivergence, Objective
 from megatron_tropd.objectives.presets import PRESETS, preset
 from megatron_tropd.objectives.terms import (
     acceptance_probability,
+    clipped_tokens,
     exact_kl_weights,
     k2,
     k3,
+    policy_gains,
     token_losses,
     top_k_divergence,
     top_k_forward_kl,
@@ -24,9 +26,11 @@ __all__ = [
     "Objective",
     "PRESETS",
     "acceptance_probability",
+    "clipped_tokens",
     "exact_kl_weights",
     "k2",
     "k3",
+    "policy_gains",
     "preset",
     "token_losses",
     "top_k_divergence",

@@ -179,6 +179,8 @@ def _check_numbers(objective: Objective) -> None:
         ("task_reward", _is_number(objective.task_reward) and objective.task_reward >= 0, "finite and >= 0"),
         ("importance_cap", objective.importance_cap is None
          or (_is_number(objective.importance_cap) and objective.importance_cap >= 1), "None or at least 1"),
+        *((key, getattr(objective, key) is None or is_share(getattr(objective, key)), "None or strictly between 0 and 1")
+          for key in ("clip_ratio_low", "clip_ratio_high")),
         ("entropy_share", _is_number(objective.entropy_share) and 0 < objective.entropy_share <= 1,
          "above 0 and at most 1 (1 is every token)"),
         ("switch", _is_number(objective.switch) and 0 <= objective.switch < 1, "at least 0 and below 1"),
@@ -228,6 +230,13 @@ def _check_terms(objective: Objective, overrides: dict[str, Any]) -> None:
         )
     if objective.on_policy == "none" and (objective.task_reward or objective.importance_cap is not None):
         raise ValueError(f"objective {name!r} learns from no on-policy token: leave task_reward and importance_cap out")
+    if (objective.clip_ratio_low is None) != (objective.clip_ratio_high is None):
+        raise ValueError(f"objective {name!r}: clip_ratio_low and clip_ratio_high belong together; set both or neither")
+    if objective.clips_ratio and not objective.has_policy_gradient:
+        raise ValueError(
+            f"objective {name!r} has no term on the sampled token, so there is no ratio to clip: leave clip_ratio_low "
+            "and clip_ratio_high out; importance_cap weights by the ratio what is differentiated directly"
+        )
     if objective.guidance_loss == "forward_kl" and objective.on_policy != "gated_kl":
         raise ValueError(
             f"objective {name!r}: guidance_loss 'forward_kl' needs the full-vocabulary terms of preset "

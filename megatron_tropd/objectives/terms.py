@@ -182,7 +182,7 @@ def token_losses(
     ``objective.needs_top_k``); ``divergence_N`` the exact divergence, with `exact_kl_weights` in it (read if
     ``objective.exact_divergence``); ``advantages_N`` the task's, with its coefficient, added to on-policy tokens as
     -A log pi_S(x); ``engine_log_probs_N`` what the engine sampled them with (read if
-    ``objective.importance_cap`` is set). Gradients flow to ``student_log_probs_N``, ``top_k_divergence_N`` and
+    ``objective.needs_engine_log_probs``). Gradients flow to ``student_log_probs_N``, ``top_k_divergence_N`` and
     ``divergence_N``.
     """
     guidance_N = -student_log_probs_N
@@ -193,20 +193,47 @@ def token_losses(
     if objective.on_policy == "none":
         return guidance_N
     on_policy_N = regions_N == TokenRegion.ON_POLICY
+    gains_N = policy_gains(
+        objective, on_policy_N, rewards_N, trust_N, outlier_N, teacher_entropy_N, top_k_divergence_N, advantages_N
+    )
+    loss_N = _policy_gradient(objective, gains_N, student_log_probs_N, engine_log_probs_N)
     if objective.exact_divergence is not None:
         assert divergence_N is not None
-        loss_N = divergence_N.where(on_policy_N, 0)
-    else:
+        loss_N = loss_N + divergence_N.where(on_policy_N, 0)
+    elif objective.needs_top_k and objective.fkl_as == "loss":
         assert rewards_N is not None and trust_N is not None and outlier_N is not None
-        loss_N = _sampled_losses(
-            objective, rewards_N, trust_N, outlier_N, student_log_probs_N, teacher_entropy_N, top_k_divergence_N
-        )
-    if advantages_N is not None:
-        loss_N = loss_N + _policy_gradient(on_policy_N.to(loss_N.dtype), advantages_N, student_log_probs_N)
+        assert top_k_divergence_N is not None
+        weights_N = top_k_weights(objective, rewards_N, trust_N, outlier_N, teacher_entropy_N)
+        loss_N = loss_N + weights_N * top_k_divergence_N.where(weights_N != 0, 0)
     if objective.importance_cap is not None:
         assert engine_log_probs_N is not None
         loss_N = loss_N * importance_weights(student_log_probs_N, engine_log_probs_N, objective.importance_cap)
     return guidance_N + loss_N
+
+
+def policy_gains(
+    objective: Objective,
+    on_policy_N: torch.Tensor,
+    rewards_N: torch.Tensor | None,
+    trust_N: torch.Tensor | None,
+    outlier_N: torch.Tensor | None,
+    teacher_entropy_N: torch.Tensor | None,
+    top_k_divergence_N: torch.Tensor | None,
+    advantages_N: torch.Tensor | None,
+) -> torch.Tensor:
+    """What -log pi_S(x) of every token is multiplied with, ``[N]``, without gradient: the advantages of a policy
+    gradient, by their weights. Arguments as of `token_losses`."""
+    gains_N = torch.zeros_like(on_policy_N, dtype=torch.float32)
+    if objective.exact_divergence is None:
+        assert rewards_N is not None and trust_N is not None and outlier_N is not None
+        gains_N = _reward_gains(objective, rewards_N, trust_N, outlier_N)
+        if objective.needs_top_k and objective.fkl_as == "reward":
+            assert top_k_divergence_N is not None
+            weights_N = top_k_weights(objective, rewards_N, trust_N, outlier_N, teacher_entropy_N)
+            gains_N = gains_N + _gain(weights_N, -top_k_divergence_N)
+    if advantages_N is not None:
+        gains_N = gains_N + advantages_N.where(on_policy_N, 0)
+    return gains_N
 
 
 def importance_weights(log_probs_N: torch.Tensor, engine_log_probs_N: torch.Tensor, cap: float) -> torch.Tensor:
@@ -214,34 +241,18 @@ def importance_weights(log_probs_N: torch.Tensor, engine_log_probs_N: torch.Tens
     return (log_probs_N.detach() - engine_log_probs_N).exp().clamp(max=cap)
 
 
-def _sampled_losses(
-    objective: Objective,
-    rewards_N: torch.Tensor,
-    trust_N: torch.Tensor,
-    outlier_N: torch.Tensor,
-    student_log_probs_N: torch.Tensor,
-    teacher_entropy_N: torch.Tensor | None,
-    top_k_divergence_N: torch.Tensor | None,
-) -> torch.Tensor:
-    """The on-policy terms on the sampled token and on the top-k."""
-    loss_N = _reward_losses(objective, rewards_N, trust_N, outlier_N, student_log_probs_N)
-    if objective.needs_top_k:
-        assert top_k_divergence_N is not None
-        weights_N = top_k_weights(objective, rewards_N, trust_N, outlier_N, teacher_entropy_N)
-        if objective.fkl_as == "reward":
-            return loss_N + _policy_gradient(weights_N, -top_k_divergence_N, student_log_probs_N)
-        loss_N = loss_N + weights_N * top_k_divergence_N.where(weights_N != 0, 0)
-    return loss_N
+def clipped_tokens(objective: Objective, gains_N: torch.Tensor, ratios_N: torch.Tensor) -> torch.Tensor:
+    """Where PPO's clip takes the gradient away, bool ``[N]``: the ratio has moved beyond its bound already, in the
+    direction of the advantage."""
+    assert objective.clip_ratio_low is not None and objective.clip_ratio_high is not None
+    too_low_N = (ratios_N < 1 - objective.clip_ratio_low) & (gains_N < 0)
+    return too_low_N | ((ratios_N > 1 + objective.clip_ratio_high) & (gains_N > 0))
 
 
-def _reward_losses(
-    objective: Objective,
-    rewards_N: torch.Tensor,
-    trust_N: torch.Tensor,
-    outlier_N: torch.Tensor,
-    log_probs_N: torch.Tensor,
+def _reward_gains(
+    objective: Objective, rewards_N: torch.Tensor, trust_N: torch.Tensor, outlier_N: torch.Tensor
 ) -> torch.Tensor:
-    """The terms on the sampled token: K1 with the objective's reward, and K1 on the clipped reward of outliers."""
+    """Advantages of the sampled token, by their weights: the objective's reward, and the clipped one of outliers."""
     advantages_N = rewards_N
     if objective.on_policy in ("proximal", "mixture"):
         advantages_N = mixture_rewards(rewards_N, objective.mixture_weight)
@@ -250,14 +261,34 @@ def _reward_losses(
         "mixture": (1 - objective.jsd_beta) * trust_N,
         "top_k_reverse_kl": torch.zeros_like(trust_N),
     }.get(objective.on_policy, trust_N)
-    loss_N = _policy_gradient(weights_N, advantages_N, log_probs_N)
+    gains_N = _gain(weights_N, advantages_N)
     if objective.outlier == "clip":
-        loss_N = loss_N + _policy_gradient(outlier_N, rewards_N.clamp(min=objective.tau), log_probs_N)
-    return loss_N
+        gains_N = gains_N + _gain(outlier_N, rewards_N.clamp(min=objective.tau))
+    return gains_N
 
 
-def _policy_gradient(weights_N: torch.Tensor, advantages_N: torch.Tensor, log_probs_N: torch.Tensor) -> torch.Tensor:
-    """-weight * sg(advantage) * log pi_S(x); with advantage R this is K1 reverse KL (METHOD 1, "trust region")."""
+def _gain(weights_N: torch.Tensor, advantages_N: torch.Tensor) -> torch.Tensor:
+    """weight * sg(advantage)."""
     # A rejected token may have R = -inf: it is masked before the product, or 0 * inf = nan would reach the gradient.
-    live = weights_N != 0
-    return -weights_N * advantages_N.detach().where(live, 0) * log_probs_N.where(live, 0)
+    return weights_N * advantages_N.detach().where(weights_N != 0, 0)
+
+
+def _policy_gradient(
+    objective: Objective, gains_N: torch.Tensor, log_probs_N: torch.Tensor, engine_log_probs_N: torch.Tensor | None
+) -> torch.Tensor:
+    """-gain * log pi_S(x); with gain R this is K1 reverse KL (METHOD 1, "trust region").
+
+    With a clipped ratio it is weighted by r = pi_trainer(x) / pi_engine(x), detached, and by 0 where the clip acts: the
+    gradient of PPO's surrogate min(r A, clip(r) A). The engine's log-probs stand for those of the policy that sampled
+    [choice]. Sources: Schulman et al., arXiv 1707.06347; with two bounds, DAPO, arXiv 2503.14476.
+    """
+    live = gains_N != 0
+    loss_N = -gains_N * log_probs_N.where(live, 0)
+    if not objective.clips_ratio:
+        return loss_N
+    assert engine_log_probs_N is not None
+    ratios_N = (log_probs_N.detach() - engine_log_probs_N).exp()
+    loss_N = loss_N.where(~clipped_tokens(objective, gains_N, ratios_N), 0)
+    if objective.importance_cap is not None:
+        return loss_N  # the whole loss is weighted by the capped ratio, see `token_losses`
+    return loss_N * ratios_N.where(live, 1)

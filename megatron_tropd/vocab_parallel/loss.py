@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.loss_report import LossReport
-from megatron_tropd.objectives import Objective, acceptance_probability, token_losses, top_k_divergence
+from megatron_tropd.objectives import (
+    Objective,
+    acceptance_probability,
+    clipped_tokens,
+    policy_gains,
+    token_losses,
+    top_k_divergence,
+)
+from megatron_tropd.types import TokenRegion
 from megatron_tropd.vocab_parallel.gradient import StudentTerms
 from megatron_tropd.vocab_parallel.measure import Measurements, Shards, Tokens, measure
 from megatron_tropd.vocab_parallel.passes import student_gradient
@@ -52,7 +60,7 @@ def distillation_loss(
             absent, and rank 0's draw is used on every rank.
         advantages_T: the task's advantage of each on-policy token, its coefficient included, fp32; None: no task.
         engine_log_probs_T: log-prob of each on-policy token where it was sampled, fp32 nats; needed where
-            ``objective.importance_cap`` is set, not read otherwise.
+            ``objective.needs_engine_log_probs``, not read otherwise.
         full_statistics: also report both entropies and the full KL divergences (8 instead of 4 floats a token).
         inplace_backward: let the backward write the gradient into the student's logits buffer, which then no longer
             holds logits; the backward can run only once. Otherwise no argument is ever modified.
@@ -142,7 +150,7 @@ def apply_objective(
         advantages_N=tokens.advantages_N,
         engine_log_probs_N=tokens.engine_log_probs_N,
     )
-    return loss_N, _report(objective, found, top_k_divergence_N.detach())
+    return loss_N, _report(objective, tokens, found, top_k_divergence_N.detach())
 
 
 class _StudentTerms(torch.autograd.Function):
@@ -190,9 +198,20 @@ def write_gradient(
     student_gradient(student_logits_TV, terms, read_grads, divergence_grad_N, gradient_TV)
 
 
-def _report(objective: Objective, found: Measurements, top_k_divergence_N: torch.Tensor) -> LossReport:
+def _report(
+    objective: Objective, tokens: Tokens, found: Measurements, top_k_divergence_N: torch.Tensor
+) -> LossReport:
     student, teacher, pair = found.statistics.student, found.statistics.teacher, found.statistics.pair
     named = {"student_log_prob": student.log_probs_N, "trust": found.trust_N, "outlier": found.outlier_N}
+    if objective.clips_ratio and tokens.engine_log_probs_N is not None:
+        on_policy_N = tokens.regions_N == TokenRegion.ON_POLICY
+        entropy_N = None if pair is None else pair.teacher_entropy_N
+        gains_N = policy_gains(
+            objective, on_policy_N, found.rewards_N, found.trust_N, found.outlier_N, entropy_N, top_k_divergence_N,
+            tokens.advantages_N,
+        )  # fmt: skip
+        ratios_N = (student.log_probs_N - tokens.engine_log_probs_N).exp()
+        named["clipped"] = (clipped_tokens(objective, gains_N, ratios_N) & on_policy_N).to(found.trust_N.dtype)
     if teacher is not None and found.rewards_N is not None:
         mass_N = torch.zeros_like(found.trust_N)
         if found.top_k is not None:

@@ -48,10 +48,8 @@ def check_inputs(
     for name, values_T in floats.items():
         if values_T is not None and not (values_T.shape == tokens_T.shape and values_T.is_floating_point()):
             raise ValueError(f"{name} must be floating, shape {_shape(tokens_T)}; found {_describe(values_T)}")
-    if objective.importance_cap is not None and engine_log_probs_T is None:
-        raise ValueError(
-            f"importance_cap {objective.importance_cap} needs engine_log_probs_T: give it, or leave it off"
-        )
+    if objective.needs_engine_log_probs and engine_log_probs_T is None:
+        raise ValueError("importance_cap and clip_ratio_low need engine_log_probs_T: give it, or leave them off")
     _check_values(tokens_T, regions_T, uniforms_T, vocab_size)
 
 
