@@ -301,6 +301,12 @@ def _check_training(config: Config, dp: int, command: str) -> None:
         f"training.target_accuracy={target} must be a share in [0, 1], and needs data.validation and a "
         "training.eval_interval of at least 1: it is what evaluations during training are compared with",
     )
+    require(training.steps_per_rollout >= 1, "training.steps_per_rollout must be at least 1")
+    require(
+        training.steps_per_rollout == 1 or training.save_interval % training.steps_per_rollout == 0,
+        f"training.save_interval {training.save_interval} must be a multiple of training.steps_per_rollout "
+        f"{training.steps_per_rollout}: rollouts in use are in no checkpoint, so one is written between them",
+    )
     chunk = training.head_chunk_size
     require(chunk is None or chunk >= 1, f"training.head_chunk_size must be at least 1, found {chunk}")
     require(

@@ -151,8 +151,8 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     and ``reward_min``, ``reverse_kl_k2`` and ``reverse_kl_k3``, estimates of KL(S||T) in nats beside -``reward`` = K1,
     ``teacher_top_k_mass`` and ``top_k_divergence`` (nats) over the rows that needed a top-k, entropies
     in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
-    = mean |trainer - engine| in nats, and its maximum, ``clipped_ratio_share`` of on-policy tokens that PPO's clip takes
-    the sampled terms from.
+    = mean |trainer - engine| in nats, and its maximum, ``clipped_ratio_share`` of on-policy tokens where PPO's
+    clip acts.
     """
     on_policy = max(sums["on_policy_tokens"], 1.0)
     response = max(sums["on_policy_tokens"] + sums["guidance_tokens"], 1.0)

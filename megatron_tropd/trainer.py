@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.mixture import Mixture
-from megatron_tropd.objectives import preset
+from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts, refuse_unshared
 from megatron_tropd.report import plot_runs
@@ -31,13 +31,12 @@ from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import task_advantages
 from megatron_tropd.token_log import TokenLog
+from megatron_tropd.trajectories import Trajectories, TrajectoryQueue
 from megatron_tropd.types import Rollout
 
 logger = logging.getLogger(__name__)
-
-Trajectories = Callable[[int, int], list[Rollout]]
-"""(step, number of the batch) to this data-parallel rank's trajectories. The step decides what a schedule says, the
-batch which prompts and random draws are next; they differ after a rollback alone."""
+PPO_CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
+"""Where rollouts are older than the weights (METHOD 2; the two bounds are DAPO's, arXiv 2503.14476)."""
 
 
 def train(config: Config) -> None:
@@ -45,8 +44,7 @@ def train(config: Config) -> None:
 
     Starting again with the same ``output_dir`` continues from its newest checkpoint.
     """
-    options = {name: value for name, value in asdict(config.objective_options).items() if value is not None}
-    objective = preset(config.objective, **options)
+    objective = _objective(config)
     with open_run(config, "train") as run:
         mixture = _read_prompts(run, samples_per_prompt=config.rollout.samples_per_prompt)
         if objective.task_reward:
@@ -86,6 +84,13 @@ def train(config: Config) -> None:
         run_steps(run, learner, generate, mixture)
 
 
+def _objective(config: Config) -> Objective:
+    options = {name: value for name, value in asdict(config.objective_options).items() if value is not None}
+    if config.training.steps_per_rollout > 1 and preset(config.objective, **options).has_policy_gradient:
+        options = PPO_CLIP | options
+    return preset(config.objective, **options)
+
+
 def sft(config: Config) -> None:
     """Train ``config.student`` on the reference answers of ``data.train`` by negative log-likelihood."""
     with open_run(config, "sft") as run:
@@ -120,6 +125,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
     trackers = monitor.open_trackers(run.config, run.folder)
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)
     learner = replace(learner, observe=_token_log(run))
+    queue = TrajectoryQueue(trajectories, training.steps_per_rollout, training.train_iters)
     evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size, num_prompts=training.eval_samples)
     bar = tqdm(
         total=training.train_iters,
@@ -135,11 +141,12 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         if training.target_accuracy is not None and metrics.get("accuracy", -1.0) >= training.target_accuracy:
             break
         try:
-            metrics |= _one_step(run, learner, trajectories, mixture, step)
+            metrics |= _one_step(run, learner, queue, mixture, step)
         except RefusedStepError as error:
             metrics["refused_steps"] = _count_refusal(learner, error)
             if run.config.guard.on_refused == "rollback":
                 refused_step, step = step, _roll_back(run, learner, step, error)
+                queue.clear()
                 bar.update(step - refused_step)
                 log.close()
                 log = MetricsLog(run.folder, is_main=layout.is_main, first_step=step, trackers=trackers)
@@ -150,7 +157,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         bar.update()
         if run.background is not None:
             run.background.poll()
-        stop = run.should_stop()
+        stop = run.should_stop() and queue.is_empty()
         done = step + 1
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
             monitor.phases.begin("save")
@@ -183,16 +190,21 @@ def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
     return evaluator()
 
 
-def _one_step(run: Run, learner: Learner, trajectories: Trajectories, mixture: Mixture, step: int) -> dict[str, float]:
+def _one_step(run: Run, learner: Learner, queue: TrajectoryQueue, mixture: Mixture, step: int) -> dict[str, float]:
     training, layout = run.config.training, run.layout
     started = perf_counter()
     phases = run.monitor.phases
     phases.begin("rollout")
     batch_index = step + learner.guard.batches_ahead
-    rollouts = trajectories(step, batch_index)
+    rollouts, age = queue.take(step, batch_index)
     phases.begin("batch")
     seconds_rollout = perf_counter() - started
-    objective = learner.objective.at(step / training.train_iters)
+    learner = replace(
+        learner,
+        objective=learner.objective.at(step / training.train_iters),
+        max_log_prob_gap=None if age else learner.max_log_prob_gap,  # with other weights they differ as they should
+    )
+    objective = learner.objective
     selected, extra_metrics = None, {}
     if objective.entropy_share < 1:
         selected, threshold = top_entropy_tokens(rollouts, objective.entropy_share, layout.groups.dp)
@@ -229,7 +241,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
     if learner.observe is not None:
         learner.observe.choose(step, rollouts)
     try:
-        metrics = train_step(replace(learner, objective=objective), batch)
+        metrics = train_step(learner, batch)
     except RefusedStepError as error:
         name = f"step_{step:06d}_batch_{batch_index:06d}"
         _write_refused(run, name, [r for r in rollouts if not error.samples or r.request.sample_id in error.samples])
@@ -245,6 +257,7 @@ def _one_step(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         **rollout_metrics(rollouts, layout),
         "padding_share": padding_share(rollouts, batch, layout),
         **mixture.epochs(batch_index),
+        "rollout_age": float(age),
         "max_prefix_length": float(_max_prefix_length(run.config, step)),
         "tokens_per_second": metrics["response_tokens"] / seconds,
         "seconds_rollout": seconds_rollout,

@@ -206,6 +206,8 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"teacher": {"kv_channels": -8}}, 1, "train", "teacher.kv_channels must be at least 1, found -8"),
         ({"student": {"vocab_size": 0}}, 1, "sft", "student.vocab_size must be at least 1, found 0"),
         ({"optimizer": {"lr": float("inf")}}, 1, "train", "optimizer.lr must be a finite number, found inf"),
+        ({"training": {"steps_per_rollout": 0}}, 1, "train", "steps_per_rollout must be at least 1"),
+        ({"training": {"steps_per_rollout": 4}}, 1, "train", "save_interval 50 must be a multiple of"),
         ({"training": {"target_accuracy": 0.5}}, 1, "sft", "training.eval_interval of at least 1"),
         ({"optimizer": {"lr": -1}}, 1, "train", "optimizer.lr must be at least 0, found -1"),
         ({"optimizer": {"min_lr": 1}}, 1, "train", "optimizer.min_lr 1.* is above optimizer.lr"),

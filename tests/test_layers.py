@@ -46,6 +46,7 @@ LEVELS = [
         "selection",
         "special_tokens",
         "tiktoken_tokenizer",
+        "trajectories",
         "trackers",
     },
     {"config_data_checks", "config_drift", "indexed_prompts", "relabel", "tokenizer_agreement", "verify"},

@@ -183,8 +183,8 @@ HAND: list[tuple[str, dict[str, Any], dict[str, Any], float, float]] = [
     ("opd", {"importance_cap": 2}, {"engine": 1 / 8}, -6 * L**2, 6 * L),
     ("tropd", {"importance_cap": 2}, {"engine": 1 / 8, "uniform": 0.126}, 2 * TOP_2_FKL, 0.0),
     ("tropd", {"importance_cap": 2}, {"engine": 1 / 8, "region": 1}, 0.001 * L, -0.001),
-    # PPO with bounds 3/4 and 1.28, ratios 4/5 and 4 as above, advantage R = -3 L: 4/5 is within, 4 beyond the bound that
-    # only positive advantages have; 5/9 is below. For R = L > 0: 4 is above, 4/5 within.
+    # PPO with bounds 3/4 and 1.28, ratios 4/5 and 4 as above, advantage R = -3 L: 4/5 is within, 4 beyond the bound
+    # that only positive advantages have; 5/9 is below. For R = L > 0: 4 is above, 4/5 within.
     ("opd", {**CLIP}, {"engine": 5 / 8}, -12 / 5 * L**2, 12 / 5 * L),
     ("opd", {**CLIP}, {"engine": 1 / 8}, -12 * L**2, 12 * L),
     ("opd", {**CLIP, "importance_cap": 2}, {"engine": 1 / 8}, -6 * L**2, 6 * L),

@@ -124,9 +124,10 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Path, data: Path, layout: dict) -> None:
     import torch
 
-    whole = config_file(tmp_path / "whole", data, parallel=layout)
+    training = {} if layout else {"steps_per_rollout": 2, "max_log_prob_gap": 1e-4}
+    whole = config_file(tmp_path / "whole", data, parallel=layout, training=training)
     run_ranks(2, _train, str(whole), None, timeout=200, init_process_group=False)
-    killed = config_file(tmp_path / "killed", data, parallel=layout)
+    killed = config_file(tmp_path / "killed", data, parallel=layout, training=training)
     with pytest.raises(AssertionError, match="ended without a word"):
         run_ranks(2, _train, str(killed), 3, timeout=200, init_process_group=False)
     assert (tmp_path / "killed" / "run" / "checkpoints" / "latest").read_text() == "step_2"
@@ -142,7 +143,13 @@ def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Pa
         0
     ].keys()
     assert metrics[0]["on_policy_share"] < metrics[5]["on_policy_share"]
-    assert max(line["log_prob_gap_max"] for line in metrics[:-1]) < 1e-4
+    ages = [line["rollout_age"] for line in metrics[:-1]]
+    assert ages == ([0] * 6 if layout else [0, 1] * 3)
+    fresh, stale = ([line for age, line in zip(ages, metrics, strict=False) if age == wanted] for wanted in (0, 1))
+    assert max(line["log_prob_gap_max"] for line in fresh) < 1e-4
+    assert not any(line["clipped_ratio_share"] for line in fresh)
+    if stale:  # the engine sampled with the weights before the last step
+        assert max(line["log_prob_gap"] for line in stale) > 1e-3
 
 
 def _train_to_a_target(path: str) -> None:

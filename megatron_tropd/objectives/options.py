@@ -61,9 +61,8 @@ class Objective:
     from other probabilities than the trainer has. None: every weight is 1."""
     clip_ratio_low: float | None = None
     """With clip_ratio_high: terms on the sampled token take r = pi_trainer(x) / pi_engine(x), as PPO does, and no
-    gradient where r is already below 1 - clip_ratio_low and the advantage negative, or above 1 + clip_ratio_high and the
-    advantage positive. For rollouts that are older than the weights: set (0.2, 0.28) where
-    training.steps_per_rollout > 1. None: r is taken as 1."""
+    gradient where r is already below 1 - clip_ratio_low and the advantage negative, or above 1 + clip_ratio_high and
+    the advantage positive. For rollouts that are older than the weights. None: r is taken as 1."""
     clip_ratio_high: float | None = None
     """See clip_ratio_low."""
     entropy_share: float = 1.0
@@ -90,7 +89,7 @@ class Objective:
     def has_policy_gradient(self) -> bool:
         """Whether the loss of an on-policy token has a term on its sampled token alone."""
         exact = self.exact_divergence is not None or self.on_policy in ("none", "top_k_reverse_kl")
-        return self.task_reward > 0 or not (exact or self.gate == "reject" and self.fkl_as == "loss")
+        return self.task_reward > 0 or not (exact or (self.gate == "reject" and self.fkl_as == "loss"))
 
     @property
     def clips_ratio(self) -> bool:

@@ -179,8 +179,9 @@ def _check_numbers(objective: Objective) -> None:
         ("task_reward", _is_number(objective.task_reward) and objective.task_reward >= 0, "finite and >= 0"),
         ("importance_cap", objective.importance_cap is None
          or (_is_number(objective.importance_cap) and objective.importance_cap >= 1), "None or at least 1"),
-        *((key, getattr(objective, key) is None or is_share(getattr(objective, key)), "None or strictly between 0 and 1")
-          for key in ("clip_ratio_low", "clip_ratio_high")),
+        *((key, value is None or is_share(value), "None or strictly between 0 and 1")
+          for key, value in (("clip_ratio_low", objective.clip_ratio_low),
+                             ("clip_ratio_high", objective.clip_ratio_high))),
         ("entropy_share", _is_number(objective.entropy_share) and 0 < objective.entropy_share <= 1,
          "above 0 and at most 1 (1 is every token)"),
         ("switch", _is_number(objective.switch) and 0 <= objective.switch < 1, "at least 0 and below 1"),

@@ -198,9 +198,7 @@ def write_gradient(
     student_gradient(student_logits_TV, terms, read_grads, divergence_grad_N, gradient_TV)
 
 
-def _report(
-    objective: Objective, tokens: Tokens, found: Measurements, top_k_divergence_N: torch.Tensor
-) -> LossReport:
+def _report(objective: Objective, tokens: Tokens, found: Measurements, top_k_divergence_N: torch.Tensor) -> LossReport:
     student, teacher, pair = found.statistics.student, found.statistics.teacher, found.statistics.pair
     named = {"student_log_prob": student.log_probs_N, "trust": found.trust_N, "outlier": found.outlier_N}
     if objective.clips_ratio and tokens.engine_log_probs_N is not None:
