@@ -118,7 +118,13 @@ class TeacherAhead:
 
     def _everyones_inputs(self, batch: Batch) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
         """By student replica: tokens ``[B, S]`` and positions ``[N]`` of its micro-batches."""
-        mine = [(one.tokens_BS.cpu(), one.loss_positions_N.cpu()) for one in batch.micro_batches]
+        mine = [
+            (
+                (one.tokens_BS if one.teacher_tokens_BS is None else one.teacher_tokens_BS).cpu(),
+                (one.loss_positions_N if one.teacher_positions_N is None else one.teacher_positions_N).cpu(),
+            )
+            for one in batch.micro_batches
+        ]
         found = [mine] * self.student_layout.data_parallel_size
         if len(found) > 1:
             dist.all_gather_object(found, mine, group=self.student_layout.groups.dp)

@@ -209,7 +209,10 @@ def _micro_batch(
     if source_names:
         sources_B = np.array([0 if row is None else source_names.index(row.request.prompt.source) for row in rows])
         sources_N = torch.from_numpy(sources_B[loss_positions_N // num_positions]).to(device)
+    teacher_tokens_BS, teacher_positions_N = _teacher_view(rows, loss_positions_N, num_positions, pad_to_multiple_of)
     return MicroBatch(
+        teacher_tokens_BS=None if teacher_tokens_BS is None else torch.from_numpy(teacher_tokens_BS).to(device),
+        teacher_positions_N=None if teacher_positions_N is None else torch.from_numpy(teacher_positions_N).to(device),
         tokens_BS=torch.from_numpy(tokens_BS).to(device),
         labels_BS=torch.from_numpy(labels_BS).to(device),
         regions_BS=torch.from_numpy(regions_BS).to(device),
@@ -223,6 +226,29 @@ def _micro_batch(
         source_names=source_names,
         sources_N=sources_N,
     )
+
+
+def _teacher_view(
+    rows: Sequence[Rollout | None], loss_positions_N: np.ndarray, num_positions: int, multiple: int
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Tokens and loss positions as the teacher has them, where it reads other prompts; padded with 0."""
+    if not any(row is not None and row.request.prompt.teacher_tokens for row in rows):
+        return None, None
+    trajectories, offsets = [], np.zeros(len(rows), dtype=np.int64)
+    for index, row in enumerate(rows):
+        request = None if row is None else row.request
+        if row is None or request is None:
+            trajectories.append([0])
+            continue
+        prompt = request.prompt.teacher_tokens or request.prompt.tokens
+        offsets[index] = len(prompt) - len(request.prompt.tokens)
+        trajectories.append([*prompt, *request.prefix, *row.response][:-1])
+    longest = max(1, *map(len, trajectories))
+    tokens_BS = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)
+    for index, trajectory in enumerate(trajectories):
+        tokens_BS[index, : len(trajectory)] = trajectory
+    rows_N, positions_N = loss_positions_N // num_positions, loss_positions_N % num_positions
+    return tokens_BS, rows_N * tokens_BS.shape[1] + positions_N + offsets[rows_N]
 
 
 def _gate_uniforms(seed: int, sample_ids: Sequence[int], num_positions: int) -> torch.Tensor:

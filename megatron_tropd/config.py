@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megatron_tropd.config_data import DataConfig, TokenizerConfig
 from megatron_tropd.config_tasks import EvaluationConfig, TasksConfig
+from megatron_tropd.config_teacher import TeacherContextConfig
 from megatron_tropd.config_watch import GuardConfig, MonitoringConfig
 
 Schedule = Literal["none", "half-cosine", "quarter-cosine", "linear", "exponential", "constant"]
@@ -300,6 +301,8 @@ class Config:
     fkl, jsd; over the full vocabulary rkl-exact, fkl-exact, jsd-exact, gkd, skew-fkl, skew-rkl; seq-kd."""
     objective_options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     """Overrides of the preset."""
+    teacher_context: TeacherContextConfig = field(default_factory=TeacherContextConfig)
+    """What the teacher alone reads."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Teacher prefixes."""
     tasks: TasksConfig = field(default_factory=TasksConfig)

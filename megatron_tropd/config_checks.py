@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_schedule
 from megatron_tropd.config_data_checks import check_data
 from megatron_tropd.config_require import collecting, require
+from megatron_tropd.config_teacher import TeacherContextConfig
 
 
 def validate(config: Config, world_size: int, command: str) -> None:
@@ -72,6 +73,14 @@ def _check_teacher_layout(config: Config, world_size: int) -> None:
             f"parallel.{name}={value} needs parallel.teacher_schedule=ahead: in the shared schedule the teacher lives "
             "where the student does",
         )
+    context = config.teacher_context
+    require(
+        context == TeacherContextConfig() or parallel.teacher_schedule == "ahead",
+        "teacher_context needs parallel.teacher_schedule=ahead: in the shared one both models read the same tokens",
+    )
+    for name in ("prompt_template", "system_prompt"):
+        template = getattr(context, name)
+        require(template is None or template.strip() != "", f"teacher_context.{name} is empty: leave it out")
     if config.teacher is None:
         return
     tp, pp = teacher_sizes(config)
@@ -125,6 +134,7 @@ _LOWEST = {
     "tasks.seed": 0,
     "tasks.num_train": 1,
     "tasks.num_validation": 1,
+    "teacher_context.max_prompt_length": 1,
     "evaluation.num_samples": 1,
     "evaluation.temperature": 0,
     "evaluation.program_memory_mb": 64,

@@ -27,6 +27,7 @@ def read_prompts(
     max_answer_length: int | None = None,
     line_format: LineFormat | None = None,
     source: str = "",
+    max_teacher_length: int | None = None,
 ) -> tuple[list[Prompt], int]:
     """Prompts of a JSONL file, in its order, and how many were skipped for their length.
 
@@ -35,8 +36,9 @@ def read_prompts(
     ``tests`` and ``solution`` where a task has them; other keys are ignored. ``line_format`` says how a line is read.
     Lengths are in tokens. ``long_prompts`` says whether a line over budget is refused or skipped and counted. With
     ``max_answer_length`` (what SFT trains on) every line needs an answer or solution, of at most that many tokens with
-    its end token. A ``source`` is noted in every prompt, and put before ids that are line numbers. Raises DataError
-    with file and line for anything else, and for a file with no prompt to use.
+    its end token. ``max_teacher_length`` is the budget of what the teacher reads (None: of the prompt). A
+    ``source`` is noted in every prompt, and put before ids that are line numbers. Raises DataError with file and line
+    for anything else, and for a file with no prompt to use.
     """
 
     def prompts() -> Iterator[tuple[str, Prompt]]:
@@ -51,7 +53,9 @@ def read_prompts(
             lines_of_ids[prompt.id] = number
             yield where, prompt
 
-    return _within_budget(str(path), prompts(), tokenizer, max_prompt_length, max_answer_length, long_prompts)
+    return _within_budget(
+        str(path), prompts(), tokenizer, max_prompt_length, max_answer_length, long_prompts, max_teacher_length
+    )
 
 
 def procedural_prompts(
@@ -89,12 +93,13 @@ def _within_budget(
     max_prompt_length: int,
     max_answer_length: int | None,
     long_prompts: Literal["refuse", "skip"],
+    max_teacher_length: int | None = None,
 ) -> tuple[list[Prompt], int]:
     """What fits of (where it stands, prompt), and how many do not."""
     kept: list[Prompt] = []
     num_skipped = 0
     for where, prompt in prompts:
-        excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length)
+        excess = _over_budget(prompt, where, tokenizer, max_prompt_length, max_answer_length, max_teacher_length)
         if excess and long_prompts == "refuse":
             raise DataError(f"{where}: {excess}; shorten it, raise the budget, or set data.long_prompts=skip")
         if excess:
@@ -136,12 +141,19 @@ def _epoch_permutation(seed: int, epoch: int, num_prompts: int) -> list[int]:
 
 
 def _over_budget(
-    prompt: Prompt, where: str, tokenizer: Tokenizer, max_prompt_length: int, max_answer_length: int | None
+    prompt: Prompt,
+    where: str,
+    tokenizer: Tokenizer,
+    max_prompt_length: int,
+    max_answer_length: int | None,
+    max_teacher_length: int | None,
 ) -> str:
     """What is longer than its budget, "" if nothing is."""
     num_tokens = len(prompt.tokens)
     if num_tokens > max_prompt_length:
         return f"the prompt has {num_tokens} tokens, the budget (data.max_prompt_length) is {max_prompt_length}"
+    if len(prompt.teacher_tokens) > (most := max_prompt_length if max_teacher_length is None else max_teacher_length):
+        return f"the teacher's prompt has {len(prompt.teacher_tokens)} tokens, its budget is {most}"
     if max_answer_length is None:
         return ""
     if not (prompt.solution or prompt.answer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerHeader, AnswerWriter
 from megatron_tropd.config import Config, architecture
+from megatron_tropd.config_teacher import TeacherContextConfig
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
@@ -28,7 +29,7 @@ def generate(config: Config) -> None:
     left unfinished is continued; a finished one is left as it is.
     """
     with open_run(config, "generate") as run:
-        prompts = read_training_prompts(config, run.tokenizer)[0].prompts
+        prompts = read_training_prompts(config, run.tokenizer, for_teacher=True)[0].prompts
         writer = _open_store(run)
         with writer or nullcontext():
             waiting = _unanswered(prompts, writer)
@@ -71,21 +72,26 @@ def _answer(run: Run, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | 
     with tqdm(total=len(waiting), desc="teacher answers", unit="prompt", disable=not layout.is_main) as bar:
         for start in range(0, len(waiting), count):
             chunk = waiting[start : start + count]
-            for rollout in _generate_over_replicas(run, engine, chunk):
+            answers = _generate_over_replicas(run, engine, chunk)
+            for (_, prompt), rollout in zip(chunk, answers, strict=True):
                 if writer is not None:
-                    writer.write(rollout.request.prompt, rollout.response, rollout.finished)
+                    writer.write(prompt, rollout.response, rollout.finished)
                 bar.update()
 
 
 def _generate_over_replicas(run: Run, engine: RolloutEngine, chunk: list[tuple[int, Prompt]]) -> list[Rollout]:
     """Answers to ``chunk`` in its order, on every rank; each data-parallel replica generates its share."""
     layout = run.layout
-    requests = [RolloutRequest(index, prompt, ()) for index, prompt in chunk]
+    requests = [RolloutRequest(index, _as_the_teacher_reads(prompt), ()) for index, prompt in chunk]
     mine = requests[layout.data_parallel_rank :: layout.data_parallel_size]
     shares: list[list[Rollout]] = [[] for _ in range(layout.data_parallel_size)]
     rollouts = engine.generate(mine, max_response_length=run.config.rollout.max_response_length)
     dist.all_gather_object(shares, rollouts, group=layout.groups.dp)
     return sorted((rollout for share in shares for rollout in share), key=lambda rollout: rollout.request.sample_id)
+
+
+def _as_the_teacher_reads(prompt: Prompt) -> Prompt:
+    return replace(prompt, tokens=prompt.teacher_tokens or prompt.tokens)
 
 
 def _unanswered(prompts: list[Prompt], writer: AnswerWriter | None) -> list[tuple[int, Prompt]]:
@@ -96,7 +102,7 @@ def _unanswered(prompts: list[Prompt], writer: AnswerWriter | None) -> list[tupl
 
 
 def _header(run: Run) -> AnswerHeader:
-    config = run.config
+    config, context = run.config, run.config.teacher_context
     assert config.teacher is not None
     return AnswerHeader(
         tokenizer=run.tokenizer.fingerprint,
@@ -104,5 +110,6 @@ def _header(run: Run) -> AnswerHeader:
         generation={
             **{name: value for name, value in asdict(config.rollout).items() if name != "samples_per_prompt"},
             "seed": config.training.seed + 1,
+            **({} if context == TeacherContextConfig() else {"teacher_context": asdict(context)}),
         },
     )

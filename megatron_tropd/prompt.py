@@ -23,5 +23,7 @@ class Prompt:
     """What the verifier needs beside the answer (``verify.verify``)."""
     source: str = ""
     """Names its prompt file in a mixture of several, "" without one."""
+    teacher_tokens: tuple[int, ...] = ()
+    """What the teacher reads in place of ``tokens``; (): the same."""
     answer_tokens: tuple[int, ...] = ()
     """Ids of what SFT learns, end token included, where the source holds ids; (): those of solution or answer."""

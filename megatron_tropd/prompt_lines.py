@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tropd.jsonl import DataError, kind_of
@@ -23,6 +23,15 @@ class LineFormat:
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     prompt_template: str = "{prompt}"
+    teacher_prompt_template: str | None = None
+    """What the teacher reads, with {prompt}, {answer} and {solution}; None: what the student reads."""
+    teacher_system_prompt: str | None = None
+    """The teacher's system message in conversations; None: the student's."""
+
+    @property
+    def has_teacher_context(self) -> bool:
+        """Whether the teacher's prompt is another than the student's."""
+        return self.teacher_prompt_template is not None or self.teacher_system_prompt is not None
 
 
 def parse_line(
@@ -50,6 +59,10 @@ def parse_line(
     try:
         text = _text(line, where, tokenizer, line_format)
         tokens = tokenizer.encode(text)
+        teacher_tokens: tuple[int, ...] = ()
+        if line_format.has_teacher_context:
+            known = {"answer": answer, "solution": solution or answer}
+            teacher_tokens = tuple(tokenizer.encode(_teacher_text(line, where, tokenizer, line_format, known)))
         # A reference answer that the tokenizer cannot express can be neither learned nor met.
         tokenizer.encode(solution or answer)
     except DataError:
@@ -58,7 +71,7 @@ def parse_line(
         raise DataError(f"{where}: {error}") from error
     if not tokens:
         raise DataError(f'{where}: "prompt" {text!r} has no tokens under this tokenizer: remove the line')
-    return Prompt(identifier, text, tuple(tokens), answer, verifier, solution, details)
+    return Prompt(identifier, text, tuple(tokens), answer, verifier, solution, details, teacher_tokens=teacher_tokens)
 
 
 def _text(line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: LineFormat) -> str:
@@ -81,6 +94,43 @@ def _text(line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: L
     if "choices" in line:
         text = with_choices(text, checked_choices(line["choices"], where))
     return line_format.prompt_template.replace("{prompt}", text)
+
+
+def _teacher_text(
+    line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: LineFormat, known: dict[str, str]
+) -> str:
+    """The teacher's prompt: the student's line under the teacher's templates. ``known`` has answer and solution."""
+    template = line_format.teacher_prompt_template
+    if "messages" not in line:
+        if template is None:
+            raise DataError(
+                f"{where}: teacher_context.system_prompt is for conversations, and this line has a plain "
+                f'"{line_format.prompt_key}": use teacher_context.prompt_template'
+            )
+        text = _text(line, where, tokenizer, replace(line_format, prompt_template="{prompt}"))
+        return _filled(template, where, known | {"prompt": text})
+    messages = [dict(message) for message in checked_messages(line["messages"], where)]
+    if line_format.teacher_system_prompt is not None:
+        system = {"role": "system", "content": _filled(line_format.teacher_system_prompt, where, known)}
+        messages = [system, *(message for message in messages if message["role"] != "system")]
+    if template is not None:
+        asked = [message for message in messages if message["role"] == "user"]
+        if not asked:
+            raise DataError(f"{where}: teacher_context.prompt_template needs a message of the user to act on")
+        asked[-1]["content"] = _filled(template, where, known | {"prompt": asked[-1]["content"]})
+    return tokenizer.render_chat(messages, line.get("tools"))
+
+
+def _filled(template: str, where: str, known: dict[str, str]) -> str:
+    """``template`` with {prompt}, {answer} and {solution} in their places, in one pass: braces in data stay."""
+
+    def value(found: re.Match[str]) -> str:
+        text = known.get(found[1], "")
+        if not text:
+            raise DataError(f"{where}: the teacher's context has {{{found[1]}}}, and this line has none")
+        return text
+
+    return re.sub(r"\{(prompt|answer|solution)\}", value, template)
 
 
 def with_choices(text: str, choices: Sequence[str]) -> str:

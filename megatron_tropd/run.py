@@ -80,6 +80,12 @@ class Run:
         return self.config.data.max_prompt_length + self.config.rollout.max_response_length
 
     @property
+    def max_teacher_length(self) -> int:
+        """The same as the teacher reads it, which may have a longer prompt."""
+        longest = self.config.teacher_context.max_prompt_length
+        return max(self.max_sequence_length, (longest or 0) + self.config.rollout.max_response_length)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights: fp32 on the CPU, bf16 on GPUs, unless the config says otherwise."""
         precision = self.config.training.precision
@@ -220,7 +226,7 @@ def _load(
         config,
         layout,
         vocab_size=size,
-        max_sequence_length=run.max_sequence_length,
+        max_sequence_length=run.max_sequence_length if config is run.config.student else run.max_teacher_length,
         dtype=run.dtype,
         seed=seed if config.load is None else None,
     )

@@ -46,7 +46,7 @@ def train(config: Config) -> None:
     """
     objective = _objective(config)
     with open_run(config, "train") as run:
-        mixture = _read_prompts(run, samples_per_prompt=config.rollout.samples_per_prompt)
+        mixture = _read_prompts(run, samples_per_prompt=config.rollout.samples_per_prompt, for_teacher=True)
         if objective.task_reward:
             check_prompts(mixture.prompts, run.layout, verifier_options(config.evaluation))
         refuse_unshared(mixture.prompts, run.tokenizer, run.teacher_tokenizer)
@@ -317,9 +317,15 @@ def _max_prefix_length(config: Config, step: int) -> int:
     return max_prefix_length(resolved_schedule(config), step, config.training.train_iters, longest)
 
 
-def _read_prompts(run: Run, *, samples_per_prompt: int, max_answer_length: int | None = None) -> Mixture:
+def _read_prompts(
+    run: Run, *, samples_per_prompt: int, max_answer_length: int | None = None, for_teacher: bool = False
+) -> Mixture:
     mixture, skipped = read_training_prompts(
-        run.config, run.tokenizer, samples_per_prompt=samples_per_prompt, max_answer_length=max_answer_length
+        run.config,
+        run.tokenizer,
+        samples_per_prompt=samples_per_prompt,
+        max_answer_length=max_answer_length,
+        for_teacher=for_teacher,
     )
     for path, number in skipped.items():
         if number and run.layout.is_main:

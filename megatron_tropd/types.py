@@ -98,6 +98,12 @@ class MicroBatch:
     """The sample of each row; -1 for a row that only pads the micro-batch."""
     num_loss_terms: int
     """This micro-batch's share of the global denominator (response positions, or sequences); 0 is allowed."""
+    teacher_tokens_BS: torch.Tensor | None = None
+    """int64 ids that the teacher reads, ``[B, S']``: its own prompts, then the same prefixes and responses; None:
+    ``tokens_BS``."""
+    teacher_positions_N: torch.Tensor | None = None
+    """int64: where the teacher predicts the labels at ``loss_positions_N``, in the flattened ``[B * S']``; None: at the
+    same positions."""
     source_names: tuple[str, ...] = ()
     """The sources of a mixture of prompt files, for metrics; () without one."""
     sources_N: torch.Tensor | None = None
