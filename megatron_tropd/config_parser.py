@@ -82,12 +82,12 @@ def _refuse_null(section: Any, prefix: str, where: str) -> None:
             raise ConfigError(f"{where}: {prefix}{name} must have a value, found null: leave it out for its default")
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the whole tree, defaults included, as YAML that ``load_config`` reads back to an equal config.
+def config_text(config: Config) -> str:
+    """The whole tree, defaults included, as YAML that ``load_config`` reads back to an equal config.
 
     Equal but for secrets, such as a password in a URL: they are left out.
     """
-    path.write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(redacted(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def field_names(cls: type = Config, prefix: str = "") -> Iterator[str]:

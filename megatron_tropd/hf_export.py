@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_tropd.config import ModelConfig
-from megatron_tropd.distributed import Layout
+from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.hf_config import CONFIG, HuggingFaceError, config_values, read_config
 from megatron_tropd.hf_files import CARRIED_FILES, listed, plan_shards, require_room, write_index, write_shard
 from megatron_tropd.hf_mapping import OUTPUT, Mapping, is_expert, mappings, source_shapes, unpack
@@ -27,6 +27,8 @@ from megatron_tropd.huggingface import Transfer, all_shapes, mapping_of, refused
 from megatron.core.models.gpt import GPTModel
 
 MAX_SHARD_BYTES = 5 * 10**9
+_PLAN = "export.json"
+"""In a folder that is being written: of what, and which shards it is to have."""
 
 
 def export_huggingface(
@@ -39,30 +41,38 @@ def export_huggingface(
     vocab_size: int,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
+    source: str | None = None,
 ) -> Transfer:
     """Write ``model`` as a Hugging Face folder in the model's dtype: safetensors shards, index, config, tokenizer.
 
     ``reference_folder`` is of the same family: what config.json says beyond the architecture, the generation config and
     the tokenizer come from there. Padded vocabulary rows are cut off. ``out`` appears when it is complete: until then
-    the files are in ``<out>.incomplete``, which a failure removes. Raises HuggingFaceError on every rank, for
-    weights that are not finite too.
+    the files are in ``<out>.incomplete``, which a failure removes. Where a kill left one, and ``source`` names the same
+    weights as then (a digest), the shards in it are kept and only the others are written. Raises HuggingFaceError on
+    every rank, for weights that are not finite too.
     """
     temporary = out.with_name(out.name + ".incomplete")
     dtype = next(model.parameters()).dtype
     shapes = all_shapes(config, vocab_size)
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    shards = plan_shards(_names_by_writer(model, layout, config), sizes, max_shard_bytes)
+    written: list[str] = []
     try:
         with refused_together(f"{temporary} could not be written"):
             values = config_values(config, read_config(reference_folder), vocab_size=vocab_size, dtype=str(dtype)[6:])
             if layout.is_main:
                 if out.exists():
                     raise HuggingFaceError(f"the output folder {out} exists: remove it or give another")
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                require_room(temporary, sum(sizes.values()))
-        shards = plan_shards(_names_by_writer(model, layout, config), sizes, max_shard_bytes)
+                written = _continue_or_begin(temporary, source, shards)
+                missing = (sizes[name] for file, names in shards.items() if file not in written for name in names)
+                require_room(temporary, sum(missing))
+        written = from_main(written)
+        if written and layout.is_main and progress:
+            tqdm.write(f"{temporary}: {len(written)} of {len(shards)} shards are there already")
         with refused_together(f"{temporary} could not be written"):
-            _write_own_shards(model, layout, config, temporary, shards, vocab_size=vocab_size, progress=progress)
+            _write_own_shards(
+                model, layout, config, temporary, shards, written, vocab_size=vocab_size, progress=progress
+            )
         with refused_together(f"{temporary} could not be written"):
             if layout.is_main:
                 write_index(temporary, shards, sizes)
@@ -70,6 +80,7 @@ def export_huggingface(
                 for name in CARRIED_FILES:
                     if (reference_folder / name).is_file():
                         shutil.copyfile(reference_folder / name, temporary / name)
+                (temporary / _PLAN).unlink()
                 os.rename(temporary, out)
     except HuggingFaceError:
         if layout.is_main:
@@ -78,25 +89,45 @@ def export_huggingface(
     return Transfer(len(shapes), sum(sizes.values()))
 
 
+def _continue_or_begin(folder: Path, source: str | None, shards: dict[str, list[str]]) -> list[str]:
+    """The shards that an export of the same weights, cut the same, left whole in ``folder``; else ``folder`` is emptied.
+
+    A shard has its name when it is whole.
+    """
+    plan = json.dumps({"source": source, "shards": shards})
+    if source is not None and (folder / _PLAN).is_file() and (folder / _PLAN).read_text(encoding="utf-8") == plan:
+        return [file for file in shards if (folder / file).exists()]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _PLAN).write_text(plan, encoding="utf-8")
+    return []
+
+
 def _write_own_shards(
     model: GPTModel,
     layout: Layout,
     config: ModelConfig,
     folder: Path,
     shards: dict[str, list[str]],
+    written: list[str],
     *,
     vocab_size: int,
     progress: bool,
 ) -> None:
     """Gather this writer's tensors one by one, in the order of the shards, and write each shard when it is whole.
 
+    Those of shards that are ``written`` are not gathered.
     A rank that cannot write goes on gathering, so that no other waits for it, and raises at the end.
     """
     file_of = {name: file for file, names in shards.items() for name in names}
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     not_finite: list[str] = []
     failure: OSError | HuggingFaceError | None = None
-    owned = _owned_parameters(model, layout, config)
+    owned = [
+        (mapping, parameter)
+        for mapping, parameter in _owned_parameters(model, layout, config)
+        if not all(file_of[name] in written for name in mapping.sources)
+    ]
     for mapping, parameter in tqdm(owned, desc="writing", unit="tensor", disable=not (progress and layout.is_main)):
         for name, tensor in _gather(mapping, parameter, layout, config, vocab_size=vocab_size).items():
             if not tensor.isfinite().all():
@@ -104,6 +135,8 @@ def _write_own_shards(
             if failure is not None or not_finite:
                 continue
             file = file_of[name]
+            if file in written:
+                continue
             ready = waiting.setdefault(file, {})
             ready[name] = tensor
             if len(ready) == len(shards[file]):

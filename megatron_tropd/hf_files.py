@@ -127,17 +127,22 @@ def require_room(folder: Path, num_bytes: int) -> None:
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """One safetensors file, on the disk when this returns. Raises HuggingFaceError where it cannot be written."""
+    """One safetensors file, on the disk and whole when it has its name.
+
+    Raises HuggingFaceError where it cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    part = path.with_name(path.name + ".part")
     try:
-        path.touch()
-        mode = path.stat().st_mode  # as the umask has it; save_file makes its files private
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)
-        with path.open("rb") as file:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; save_file makes its files private
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(mode)
+        with part.open("rb") as file:
             os.fsync(file.fileno())
+        os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise HuggingFaceError(f"{path.name} could not be written ({error}): free some space and try again") from error
 

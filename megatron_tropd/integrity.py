@@ -67,6 +67,11 @@ def verify(folder: Path) -> None:
     refuse_unsafe_pickle(folder)
 
 
+def digest(folder: Path) -> str:
+    """Of all files of a sealed checkpoint, by their hashes in its manifest."""
+    return _sha256(folder / MANIFEST)
+
+
 _ADVICE = "; restore it, or set training.fall_back=true to continue from the newest checkpoint that is whole"
 
 

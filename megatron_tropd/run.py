@@ -21,13 +21,14 @@ from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpo
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
-from megatron_tropd.config_parser import save_config
+from megatron_tropd.config_parser import config_text
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.exports import drop_exports, export_reference, export_student, exports
 from megatron_tropd.guard import Guard
-from megatron_tropd.hf_config import is_huggingface
+from megatron_tropd.hf_config import HuggingFaceError, is_huggingface
 from megatron_tropd.huggingface import load_huggingface
+from megatron_tropd.integrity import write_durably
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
@@ -107,7 +108,7 @@ class Run:
     def keep_config(self) -> None:
         """Write ``config.yaml`` into the run folder, once nothing in there is another run's."""
         if self.layout.is_main:
-            save_config(self.config, self.folder / "config.yaml")
+            write_durably(self.folder / "config.yaml", config_text(self.config))
 
     def describe(self, step: int) -> Description:
         """What a checkpoint of this run's student at ``step`` is of."""
@@ -326,7 +327,12 @@ def save(run: Run, learner: Learner, step: int) -> None:
         background=run.background,
     )
     if training.export_hf_on_save:
-        export(run, learner, step, anew=True)
+        try:
+            export(run, learner, step, anew=True)
+        except HuggingFaceError:
+            if run.background is not None:
+                run.background.finish()  # the run ends here, and the checkpoint in hand is whole
+            raise
 
 
 def export(run: Run, learner: Learner, step: int, *, anew: bool = False) -> None:

@@ -114,6 +114,54 @@ def test_logits_are_those_of_transformers_and_the_round_trip_keeps_every_bit(
             _assert_same_folder(tmp_path / f"{name}-tp{tp}-pp{pp}-ep{ep}", folder)
 
 
+def _export_cut_off(folder: str, out: str) -> list[list[str]]:
+    """Shards that each attempt wrote: cut off in the third, continued, and begun anew for other weights."""
+    from megatron_tropd import hf_export
+    from tests import tiny
+
+    layout = tiny.start(tp=1, pp=1)
+    model, config = _load(Path(folder), layout)
+    write, attempts = hf_export.write_shard, []
+
+    def cut_off(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if len(attempts[-1]) == 2:
+            path.with_name(path.name + ".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(path, tensors)
+        attempts[-1].append(path.name)
+
+    def recorded(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write(path, tensors)
+        attempts[-1].append(path.name)
+
+    def export(name: str, source: str | None) -> None:
+        attempts.append([])
+        hf_export.export_huggingface(
+            model, layout, config, Path(out) / name, Path(folder), vocab_size=hf_models.VOCAB_SIZE,
+            max_shard_bytes=20_000, source=source,
+        )  # fmt: skip
+
+    for name, sources in {"same": ("a", "a"), "other": ("a", "b"), "nameless": (None, None)}.items():
+        hf_export.write_shard = cut_off
+        with pytest.raises(KeyboardInterrupt):
+            export(name, sources[0])
+        hf_export.write_shard = recorded
+        export(name, sources[1])
+    return attempts
+
+
+def test_an_export_that_was_killed_keeps_the_shards_it_has(folders: dict[str, Path], tmp_path: Path) -> None:
+    (attempts,) = run_ranks(1, _export_cut_off, str(folders["qwen3"]), str(tmp_path))
+    begun, continued, *others = (set(names) for names in attempts)
+    shards = {path.name for path in (tmp_path / "same").glob("*.safetensors")}
+    assert len(begun) == 2 and len(continued) == len(shards) - 2 > 1 and begun | continued == shards
+    assert [len(names) for names in others] == [2, len(shards), 2, len(shards)]
+    for name in ("same", "other", "nameless"):
+        _assert_same_folder(tmp_path / name, folders["qwen3"])
+        names = {path.name for path in (tmp_path / name).iterdir()}
+        assert "export.json" not in names and not any(name.endswith(".part") for name in names)
+
+
 class _Tracker:
     """The most bytes that tensors handed to it have held at one time."""
 

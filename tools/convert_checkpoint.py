@@ -4,7 +4,8 @@
     python tools/convert_checkpoint.py megatron-to-hf --megatron DIR --out DIR --hf DIR [--tp N --pp N --ep N]
 
 The ranks that share the work are started by the script itself (tp x pp x ep of them, each with its part of the model).
-A Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone.
+A Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone. Started again
+after a kill, with the same sizes, an export keeps the shards that it has written; an import begins anew.
 
 `--backend bridge` hands the work to Megatron-Bridge, where it is installed, for families this package does not carry.
 """
@@ -106,10 +107,12 @@ def megatron_to_hf(options: argparse.Namespace) -> None:
 
     def convert(model: Any, layout: Any) -> Any:
         from megatron_tropd.hf_export import export_huggingface
+        from megatron_tropd.integrity import digest
 
         sizes = {"vocab_size": description.vocab_size}
         load_weights(path, model, config, **sizes, tokenizer=description.tokenizer)
-        return export_huggingface(model, layout, config, options.out, options.hf, **sizes, progress=True)
+        source = digest(path)
+        return export_huggingface(model, layout, config, options.out, options.hf, **sizes, progress=True, source=source)
 
     _on_ranks(options, config, description.vocab_size, weights_dtype(path), convert, started)
 
