@@ -90,7 +90,7 @@ def export_huggingface(
 
 
 def _continue_or_begin(folder: Path, source: str | None, shards: dict[str, list[str]]) -> list[str]:
-    """The shards that an export of the same weights, cut the same, left whole in ``folder``; else ``folder`` is emptied.
+    """The shards that an export of the same weights, cut the same, left whole in ``folder``; else it is emptied.
 
     A shard has its name when it is whole.
     """

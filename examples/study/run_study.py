@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 from examples.addition import make_data
 from examples.study import make_chains, study_report
+from megatron_tropd.config import Config
+from megatron_tropd.config_parser import load_config
 from megatron_tropd.report import read_metrics
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +41,8 @@ RUNS = Path("runs/study")
 DATA = {"addition": make_data.main, "chain_sum": make_chains.main}
 """What writes each task's prompts."""
 NUM_EVALUATIONS = 5
+SEEDS_APART = 1000
+"""From the seed of a start to that of the next attempt."""
 NUM_WINDOWS = 10
 """Points of a curve in results.jsonl, each the mean of a tenth of the run."""
 CURVES = ("grad_norm", "student_entropy", "outlier_share", "reward", "on_policy_share", "response_length")
@@ -120,19 +124,22 @@ def _distillation(
 
 def run(spec: Spec) -> float:
     """Run to the end, with output into the run folder; returns the seconds it took. For a process of its own."""
-    from megatron_tropd.config_parser import load_config
     from megatron_tropd.trainer import sft, train
 
     spec.folder.mkdir(parents=True, exist_ok=True)
     log = os.open(spec.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    config = load_config(HERE / f"{spec.task}.yaml", [*spec.overrides, f"--output_dir={spec.folder}"])
+    config = _config(spec)
     interval = config.training.eval_interval or max(config.training.train_iters // NUM_EVALUATIONS, 1)
     config = replace(config, training=replace(config.training, eval_interval=interval))
     started = time.perf_counter()
     {"sft": sft, "train": train}[spec.command](config)
     return time.perf_counter() - started
+
+
+def _config(spec: Spec) -> Config:
+    return load_config(HERE / f"{spec.task}.yaml", [*spec.overrides, f"--output_dir={spec.folder}"])
 
 
 def summarize(spec: Spec, study: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -244,14 +251,30 @@ def _run_all(study: dict[str, Any], results: Results, workers: int) -> None:
 def _run_starts(
     pool: ProcessPoolExecutor, specs: list[Spec], study: dict[str, Any], results: Results, title: str
 ) -> None:
-    """Models that others start from: their folders stay, and are made again where they are gone."""
+    """Models that others start from: their folders stay, and are made again where they are gone.
+
+    One that ends below its training.target_accuracy, as some initial weights do, is made again from others.
+    """
     specs = [spec for spec in specs if not _marker(spec, study).exists()]
-    for spec in specs:
-        shutil.rmtree(spec.folder, ignore_errors=True)  # of other configs, or unfinished
-    for spec, seconds in tqdm(_finished(pool, specs), total=len(specs), desc=title, unit="run", disable=not specs):
-        if not results.has(spec, study):
-            results.add(summarize(spec, study, seconds))
-        _marker(spec, study).touch()
+    bar = tqdm(total=len(specs), desc=title, unit="run", disable=not specs)
+    attempt, waiting = 0, {spec: spec for spec in specs}
+    while waiting:
+        for spec in waiting:
+            shutil.rmtree(spec.folder, ignore_errors=True)  # of other configs, or unfinished
+        attempt, failed = attempt + 1, {}
+        for tried, seconds in _finished(pool, list(waiting)):
+            spec = waiting[tried]
+            line = summarize(spec, study, seconds) | {"attempts": attempt}
+            if line["accuracy"] < (_config(spec).training.target_accuracy or 0.0):
+                another = f"--training.seed={spec.seed + SEEDS_APART * attempt}"
+                failed[replace(spec, overrides=(*spec.overrides, another))] = spec
+                continue
+            if not results.has(spec, study):
+                results.add(line)
+            _marker(spec, study).touch()
+            bar.update()
+        waiting = failed
+    bar.close()
 
 
 def _marker(spec: Spec, study: dict[str, Any]) -> Path:
