@@ -223,6 +223,7 @@ def _key(line: dict[str, Any]) -> tuple[str, str, int, str]:
 
 def _run_all(study: dict[str, Any], results: Results, workers: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # other libraries', in the processes below
     waiting = {
         seed: [spec for spec in method_specs(study, seed) if not results.has(spec, study)] for seed in study["seeds"]
     }
