@@ -60,6 +60,8 @@ def build_batch(
     With ``micro_batch_tokens`` rows are packed by size instead: as many as fit that many positions, padding
     included; a longer row has a micro-batch to itself. Their number then differs from rank to rank.
 
+    Prompts of several teachers are in micro-batches of their own, whose number differs from rank to rank too.
+
     Raises ValueError where there are more rollouts than rows, or a sequence of more than
     ``max_sequence_length`` tokens (its last token, which predicts nothing, included), or one without a
     prompt.
@@ -73,11 +75,16 @@ def build_batch(
     for rollout in rollouts:
         _refuse_unusable(rollout, max_sequence_length)
     longest_first = sorted(rollouts, key=lambda rollout: (-_num_tokens(rollout), rollout.request.sample_id))
-    if micro_batch_tokens is not None:
-        groups = _by_positions(longest_first, micro_batch_tokens, pad_to_multiple_of) or [[None]]
-    else:
-        rows = [*longest_first, *[None] * (num_rows - len(rollouts))]
-        groups = [rows[start : start + micro_batch_size] for start in range(0, num_rows, micro_batch_size)]
+    teachers = sorted({rollout.request.prompt.teacher for rollout in rollouts})
+    groups = []
+    for teacher in teachers or [""]:
+        mine = [rollout for rollout in longest_first if rollout.request.prompt.teacher == teacher]
+        if micro_batch_tokens is not None:
+            groups += _by_positions(mine, micro_batch_tokens, pad_to_multiple_of) or [[None]]
+        else:
+            count = num_rows if len(teachers) <= 1 else len(mine) + -len(mine) % micro_batch_size
+            rows = [*mine, *[None] * (count - len(mine))]
+            groups += [rows[start : start + micro_batch_size] for start in range(0, count, micro_batch_size)]
     micro_batches = tuple(
         _micro_batch(
             group, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, tuple(source_names), device
@@ -222,6 +229,7 @@ def _micro_batch(
         weights_BS=torch.from_numpy(weights_BS).to(device),
         loss_positions_N=torch.from_numpy(loss_positions_N).to(device),
         sample_ids=sample_ids,
+        teacher=next((row.request.prompt.teacher for row in rows if row is not None), ""),
         num_loss_terms=int(terms_BS.any(axis=1).sum() if normalization == "sequences" else terms_BS.sum()),
         source_names=source_names,
         sources_N=sources_N,

@@ -296,6 +296,10 @@ class Config:
     """Run folder: config, metrics, checkpoints, plots. Starting again with the same folder resumes."""
     teacher: ModelConfig | None = None
     """The frozen model that judges; required by `train` and `generate`."""
+    teachers: dict[str, str] = field(default_factory=dict)
+    """More teachers by name: folders of weights, as in teacher.load, of teacher's architecture and tokenizer. A prompt
+    whose line says "teacher": NAME is judged by that one, the others by `teacher`. Needs
+    parallel.teacher_schedule=ahead; with parallel.offload_teacher one at a time is on the device."""
     objective: str = "tropd"
     """Preset: tropd, tropd-exact, tropd-aopd; opd, aopd, eopd, entropy-opd, reopold, reopold-two-stage, top-d, mopd,
     fkl, jsd; over the full vocabulary rkl-exact, fkl-exact, jsd-exact, gkd, skew-fkl, skew-rkl; seq-kd."""

@@ -78,6 +78,12 @@ def _check_teacher_layout(config: Config, world_size: int) -> None:
         context == TeacherContextConfig() or parallel.teacher_schedule == "ahead",
         "teacher_context needs parallel.teacher_schedule=ahead: in the shared one both models read the same tokens",
     )
+    require(
+        not config.teachers or parallel.teacher_schedule == "ahead",
+        "teachers needs parallel.teacher_schedule=ahead: in the shared schedule there is one",
+    )
+    require(not config.teachers or config.teacher is not None, "teachers needs a teacher section: their architecture")
+    require("" not in config.teachers, 'teachers: "" is the name of `teacher` itself: give another')
     for name in ("prompt_template", "system_prompt"):
         template = getattr(context, name)
         require(template is None or template.strip() != "", f"teacher_context.{name} is empty: leave it out")

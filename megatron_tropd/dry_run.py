@@ -90,7 +90,10 @@ def check(config: Config, world_size: int) -> Findings:
         return found  # files of text cannot be read without
     tokenizer, teacher_tokenizer = tokenizers
     _check_data(config, tokenizer, teacher_tokenizer, found)
-    models = ("student", config.student, tokenizer), ("teacher", config.teacher, teacher_tokenizer)
+    models = [("student", config.student, tokenizer), ("teacher", config.teacher, teacher_tokenizer)]
+    if config.teacher is not None:
+        for name, folder in config.teachers.items():
+            models.append((f"teachers.{name}", replace(config.teacher, load=folder), teacher_tokenizer))
     for name, model, own_tokenizer in models:
         if model is not None:
             _check_weights(name, model, own_tokenizer, found)

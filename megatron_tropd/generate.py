@@ -33,8 +33,13 @@ def generate(config: Config) -> None:
         writer = _open_store(run)
         with writer or nullcontext():
             waiting = _unanswered(prompts, writer)
-            if waiting:
-                _answer(run, waiting, writer)
+            with tqdm(
+                total=len(waiting), desc="teacher answers", unit="prompt", disable=not (waiting and run.layout.is_main)
+            ) as bar:
+                for teacher in ("", *config.teachers):
+                    mine = [(index, prompt) for index, prompt in waiting if prompt.teacher == teacher]
+                    if mine:
+                        _answer(run, teacher, mine, writer, bar)
         dist.barrier()  # no rank goes on to read a store that is still being written
 
 
@@ -53,11 +58,11 @@ def _open_store(run: Run) -> AnswerWriter | None:
     return writer
 
 
-def _answer(run: Run, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | None) -> None:
+def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | None, bar: tqdm) -> None:
     config, layout = run.config, run.layout
     assert config.teacher is not None
     engine = build_engine(
-        load_teacher(run),
+        load_teacher(run, name=teacher),
         layout,
         config.rollout,
         vocab_size=min(
@@ -69,14 +74,13 @@ def _answer(run: Run, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | 
         seed=config.training.seed + 1,  # not the draws that the student will sample with
     )
     count = config.rollout.max_batch_size * layout.data_parallel_size
-    with tqdm(total=len(waiting), desc="teacher answers", unit="prompt", disable=not layout.is_main) as bar:
-        for start in range(0, len(waiting), count):
-            chunk = waiting[start : start + count]
-            answers = _generate_over_replicas(run, engine, chunk)
-            for (_, prompt), rollout in zip(chunk, answers, strict=True):
-                if writer is not None:
-                    writer.write(prompt, rollout.response, rollout.finished)
-                bar.update()
+    for start in range(0, len(waiting), count):
+        chunk = waiting[start : start + count]
+        answers = _generate_over_replicas(run, engine, chunk)
+        for (_, prompt), rollout in zip(chunk, answers, strict=True):
+            if writer is not None:
+                writer.write(prompt, rollout.response, rollout.finished)
+            bar.update()
 
 
 def _generate_over_replicas(run: Run, engine: RolloutEngine, chunk: list[tuple[int, Prompt]]) -> list[Rollout]:
@@ -106,7 +110,11 @@ def _header(run: Run) -> AnswerHeader:
     assert config.teacher is not None
     return AnswerHeader(
         tokenizer=run.tokenizer.fingerprint,
-        teacher={"load": config.teacher.load, **architecture(config.teacher)},
+        teacher={
+            "load": config.teacher.load,
+            **architecture(config.teacher),
+            **({"teachers": config.teachers} if config.teachers else {}),
+        },
         generation={
             **{name: value for name, value in asdict(config.rollout).items() if name != "samples_per_prompt"},
             "seed": config.training.seed + 1,

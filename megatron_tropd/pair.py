@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.types import MicroBatch, OutputHeadMode
-from megatron_tropd.vocab_parallel import OutputHead
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -37,8 +36,6 @@ class StudentTeacherStage(torch.nn.Module):
         super().__init__()
         self.module = student
         self.teacher = teacher
-        self.teacher_head_VH: torch.Tensor | None = None
-        """Its output weight where the teacher itself is elsewhere (`ahead`)."""
         self.output_head = output_head
         self.teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -81,16 +78,10 @@ class StudentTeacherStage(torch.nn.Module):
             torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in events) / 1e3
 
-    def heads(self, student_NH: torch.Tensor, teacher_NH: torch.Tensor | None) -> tuple[OutputHead, OutputHead | None]:
-        """What the fused loss reads, from the hidden states that `forward` gave on the last stage."""
-        teacher = None if teacher_NH is None else OutputHead(teacher_NH, self.teacher_weight())
-        return OutputHead(student_NH, output_weight(self.module)), teacher
-
     def teacher_weight(self) -> torch.Tensor:
         """The teacher's output weight ``[V, H]``, this rank's part of its vocabulary."""
-        weight_VH = self.teacher_head_VH if self.teacher is None else output_weight(self.teacher)
-        assert weight_VH is not None
-        return weight_VH
+        assert self.teacher is not None
+        return output_weight(self.teacher)
 
     def _run_model(self, model: GPTModel, batch: MicroBatch) -> torch.Tensor:
         positions_BS = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device).expand_as(batch.tokens_BS)

@@ -23,6 +23,8 @@ class Prompt:
     """What the verifier needs beside the answer (``verify.verify``)."""
     source: str = ""
     """Names its prompt file in a mixture of several, "" without one."""
+    teacher: str = ""
+    """Which of several teachers judges the responses; "": the one that is the config's `teacher`."""
     teacher_tokens: tuple[int, ...] = ()
     """What the teacher reads in place of ``tokens``; (): the same."""
     answer_tokens: tuple[int, ...] = ()

@@ -27,6 +27,8 @@ class LineFormat:
     """What the teacher reads, with {prompt}, {answer} and {solution}; None: what the student reads."""
     teacher_system_prompt: str | None = None
     """The teacher's system message in conversations; None: the student's."""
+    teachers: tuple[str, ...] = ()
+    """Names that "teacher" may have in a line; (): it is not read."""
 
     @property
     def has_teacher_context(self) -> bool:
@@ -51,6 +53,9 @@ def parse_line(
         line = {**line, line_format.answer_key: str(line[line_format.answer_key])}  # as AIME files have it
     answer = string(line, line_format.answer_key, where, default="")
     solution = string(line, "solution", where, default="")
+    teacher = string(line, "teacher", where, default="") if line_format.teachers else ""
+    if teacher not in ("", *line_format.teachers):
+        raise DataError(f"{where}: teacher {teacher!r} is unknown; teachers has {', '.join(line_format.teachers)}")
     details: dict[str, Any] = {}
     if "choices" in line:
         details["num_choices"] = len(checked_choices(line["choices"], where))
@@ -71,7 +76,17 @@ def parse_line(
         raise DataError(f"{where}: {error}") from error
     if not tokens:
         raise DataError(f'{where}: "prompt" {text!r} has no tokens under this tokenizer: remove the line')
-    return Prompt(identifier, text, tuple(tokens), answer, verifier, solution, details, teacher_tokens=teacher_tokens)
+    return Prompt(
+        identifier,
+        text,
+        tuple(tokens),
+        answer,
+        verifier,
+        solution,
+        details,
+        teacher=teacher,
+        teacher_tokens=teacher_tokens,
+    )
 
 
 def _text(line: dict[str, Any], where: str, tokenizer: Tokenizer, line_format: LineFormat) -> str:

@@ -101,6 +101,7 @@ def read_prompt_file(
             data.prompt_template,
             context.prompt_template if with_context else None,
             context.system_prompt if with_context else None,
+            tuple(config.teachers) if for_teacher else (),
         ),
         source=source,
         max_teacher_length=context.max_prompt_length,

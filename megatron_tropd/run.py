@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from megatron_tropd.relabel import relabel_vocabulary
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.special_tokens import map_special_tokens
 from megatron_tropd.step import Learner
+from megatron_tropd.teachers import TeachersAhead
 from megatron_tropd.tokenizer import HuggingFaceTokenizer, Tokenizer, huggingface_fingerprint
 from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
 from megatron_tropd.tokenizer_builder import build_tokenizers
@@ -178,20 +179,24 @@ def load_student(run: Run) -> GPTModel:
     return _load(run, run.layout, run.config.student, build, run.tokenizer, seed=run.config.training.seed)
 
 
-def load_teacher(run: Run, layout: Layout | None = None) -> GPTModel:
-    """The frozen teacher's slice on this rank, in the run's layout or its own. It speaks the student's ids."""
-    assert run.config.teacher is not None  # validate() has refused a run without
+def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> GPTModel:
+    """The frozen teacher's slice on this rank, in the run's layout or its own. It speaks the student's ids.
+
+    ``name`` is one of ``config.teachers``.
+    """
+    config = run.config.teacher
+    assert config is not None  # validate() has refused a run without
+    if name:
+        config = replace(config, load=run.config.teachers[name])
     layout = layout or run.layout
-    teacher = _load(
-        run, layout, run.config.teacher, build_teacher, run.teacher_tokenizer, seed=run.config.training.seed + 1
-    )
+    teacher = _load(run, layout, config, build_teacher, run.teacher_tokenizer, seed=run.config.training.seed + 1)
     mapped = map_special_tokens(run.tokenizer, run.teacher_tokenizer, run.config.tokenizer.special_token_map)
     relabel_vocabulary(teacher, mapped, layout.groups.tp)
     return teacher
 
 
-def load_teacher_ahead(run: Run) -> TeacherAhead:
-    """The frozen teacher in a layout of its own, where its sizes differ from the student's."""
+def load_teachers_ahead(run: Run) -> TeachersAhead:
+    """The frozen teachers in a layout of their own, where its sizes differ from the student's."""
     config, layout = run.config, run.layout
     assert config.teacher is not None
     tensor_parallel_size, pipeline_parallel_size = teacher_sizes(config)
@@ -201,22 +206,26 @@ def load_teacher_ahead(run: Run) -> TeacherAhead:
             tensor_model_parallel_size=tensor_parallel_size,
             pipeline_model_parallel_size=pipeline_parallel_size,
         )
-    with distributed.active(layout):
-        teacher = load_teacher(run, layout)
     num_ids = vocab_size(config.teacher, run.teacher_tokenizer)
-    return TeacherAhead(
-        teacher,
-        layout,
-        run.layout,
-        num_ids=num_ids,
-        padded_num_ids=padded_vocab_size(
-            num_ids,
-            divisible_by=config.teacher.make_vocab_size_divisible_by,
-            tensor_parallel_size=run.layout.tensor_parallel_size,
-        ),
-        hidden=config.parallel.teacher_hidden,
-        offload=config.parallel.offload_teacher,
+    padded_num_ids = padded_vocab_size(
+        num_ids,
+        divisible_by=config.teacher.make_vocab_size_divisible_by,
+        tensor_parallel_size=run.layout.tensor_parallel_size,
     )
+    teachers = {}
+    for name in ("", *config.teachers):
+        with distributed.active(layout):
+            teacher = load_teacher(run, layout, name)
+        teachers[name] = TeacherAhead(
+            teacher,
+            layout,
+            run.layout,
+            num_ids=num_ids,
+            padded_num_ids=padded_num_ids,
+            hidden=config.parallel.teacher_hidden,
+            offload=config.parallel.offload_teacher,
+        )
+    return TeachersAhead(teachers)
 
 
 def _load(
@@ -267,14 +276,12 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
     """Student (and teacher) as a pipeline stage under DDP, with optimizer and scheduler."""
     config = run.config
     shares_schedule = config.parallel.teacher_schedule == "shared"
-    ahead = load_teacher_ahead(run) if with_teacher and not shares_schedule else None
+    ahead = load_teachers_ahead(run) if with_teacher and not shares_schedule else None
     stage = StudentTeacherStage(
         load_student(run),
         load_teacher(run) if with_teacher and shares_schedule else None,
         output_head=config.training.output_head,
     )
-    if ahead is not None:
-        stage.teacher_head_VH = ahead.head_VH
     model = wrap_data_parallel(stage, config.optimizer, run.layout, overlap=not ON_CPU)
     optimizer = build_optimizer(model, config.optimizer, run.layout, dtype=run.dtype)
     sizes = [vocab_size(config.student, run.tokenizer)]

@@ -20,20 +20,21 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.ahead import Judged, TeacherAhead
+from megatron_tropd.ahead import Judged
 from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.guard import ExplodingError, Guard, RefusedStepError
 from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, source_metrics, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
-from megatron_tropd.pair import StudentTeacherStage, build_communicator
+from megatron_tropd.pair import StudentTeacherStage, build_communicator, output_weight
 from megatron_tropd.phases import Phases
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.sample_scores import SampleScores
+from megatron_tropd.teachers import TeachersAhead
 from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Batch, MicroBatch
-from megatron_tropd.vocab_parallel import distillation_loss, fused_head_loss
+from megatron_tropd.vocab_parallel import OutputHead, distillation_loss, fused_head_loss
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
@@ -76,8 +77,8 @@ class Learner:
     """Compares the weights of data-parallel replicas before the optimizer moves; None: never."""
     phases: Phases = field(default_factory=Phases)
     """The clock that `schedule` and `optimizer` are taken with."""
-    ahead: TeacherAhead | None = None
-    """The teacher, where it judges a batch before the student's schedule starts."""
+    ahead: TeachersAhead | None = None
+    """The teachers, where they judge a batch before the student's schedule starts."""
     observe: TokenLog | None = None
     """Called on the last stage with every micro-batch and what the loss tells of its loss positions."""
 
@@ -166,9 +167,9 @@ def _forward_step(
     batch, judged = next(micro_batches)
     student_output, teacher_output = model(batch)
     if learner.ahead is not None and judged is not None:
-        teacher_output = learner.ahead.rows(judged)
+        teacher_output = learner.ahead.rows(batch, judged)
         if learner.stage.output_head == "logits":
-            teacher_output = torch.nn.functional.linear(teacher_output, learner.stage.teacher_weight())
+            teacher_output = torch.nn.functional.linear(teacher_output, learner.ahead.head(batch))
     return student_output, partial(_micro_batch_loss, learner, scores, batch, teacher_output)
 
 
@@ -214,8 +215,13 @@ def _weighted_losses(
             full_statistics=full, inplace_backward=True, **sizes,
         )  # fmt: skip
         return loss_N * weights_N, report
+    teacher_head = None
+    if teacher_output is not None:
+        weight_VH = learner.stage.teacher_weight() if learner.ahead is None else learner.ahead.head(batch)
+        teacher_head = OutputHead(teacher_output, weight_VH)
+    student_head = OutputHead(student_output, output_weight(learner.stage.module))
     return fused_head_loss(
-        *learner.stage.heads(student_output, teacher_output), tokens_N, regions_N, learner.objective,
+        student_head, teacher_head, tokens_N, regions_N, learner.objective,
         uniforms_N=uniforms_N, advantages_N=advantages_N, engine_log_probs_N=engine_log_probs_N,
         weights_N=weights_N, full_statistics=full,
         recompute=mode == "fused-recompute", fp32_logits=learner.fp32_logits, chunk_size=learner.head_chunk_size,

@@ -104,6 +104,8 @@ class MicroBatch:
     teacher_positions_N: torch.Tensor | None = None
     """int64: where the teacher predicts the labels at ``loss_positions_N``, in the flattened ``[B * S']``; None: at the
     same positions."""
+    teacher: str = ""
+    """Which of several teachers judges it; "" for the one there is, or that prompts without a name take."""
     source_names: tuple[str, ...] = ()
     """The sources of a mixture of prompt files, for metrics; () without one."""
     sources_N: torch.Tensor | None = None

@@ -209,6 +209,7 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"training": {"steps_per_rollout": 0}}, 1, "train", "steps_per_rollout must be at least 1"),
         ({"training": {"steps_per_rollout": 4}}, 1, "train", "save_interval 50 must be a multiple of"),
         ({"teacher_context": {"prompt_template": "{answer}{prompt}"}}, 1, "train", "needs parallel.teacher_schedule"),
+        ({"teachers": {"math": "folder"}}, 1, "train", "teachers needs parallel.teacher_schedule=ahead"),
         ({"teacher_context": {"max_prompt_length": 0}}, 1, "train", "max_prompt_length must be at least 1"),
         ({"training": {"target_accuracy": 0.5}}, 1, "sft", "training.eval_interval of at least 1"),
         ({"optimizer": {"lr": -1}}, 1, "train", "optimizer.lr must be at least 0, found -1"),

@@ -227,7 +227,7 @@ def test_gradients_against_a_dense_teacher_with_its_ids_changed(
 def _generate_and_train(path: str) -> None:
     from megatron_tropd.config_parser import load_config
     from megatron_tropd.generate import generate
-    from megatron_tropd.run import load_teacher, load_teacher_ahead, open_run
+    from megatron_tropd.run import load_teacher, load_teachers_ahead, open_run
     from megatron_tropd.trainer import train
 
     config = load_config(path)
@@ -239,9 +239,9 @@ def _generate_and_train(path: str) -> None:
             run.config = dataclasses.replace(
                 config, tokenizer=dataclasses.replace(config.tokenizer, special_token_map=names)
             )
-            teacher, ahead = load_teacher(run), load_teacher_ahead(run)
+            teacher, ahead = load_teacher(run), load_teachers_ahead(run)
             heads[len(names)] = teacher.output_layer.weight.clone()
-            assert torch.equal(ahead.head_VH, heads[len(names)])
+            assert torch.equal(ahead.teachers[""].head_VH, heads[len(names)])
         order = torch.arange(heads[0].shape[0])
         order[[0, 2]] = torch.tensor([2, 0])
         assert torch.equal(heads[1], heads[0][order]) and not torch.equal(heads[1], heads[0])

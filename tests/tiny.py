@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.step import Learner
+from megatron_tropd.teachers import TeachersAhead
 from megatron_tropd.types import Batch, MicroBatch, OutputHeadMode, TokenRegion
 
 VOCAB_SIZE = 45
@@ -70,10 +72,12 @@ def build_learner(
     output_head: OutputHeadMode = "fused",
     head_chunk_size: int | None = 3,
     ahead: tuple[int, int] | None = None,
+    teacher_seeds: Mapping[str, int] | None = None,
     offload: bool = False,
     recompute: bool = False,
 ) -> Learner:
-    """A learner on the tiny pair with deterministic weights; ``ahead``: the teacher's own tensor and pipeline size."""
+    """A learner on the tiny pair with deterministic weights; ``ahead``: the teacher's own tensor and pipeline size,
+    of several by name where there are ``teacher_seeds``."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
     stage = StudentTeacherStage(
@@ -83,8 +87,10 @@ def build_learner(
     )
     teacher_ahead = None
     if teacher and ahead is not None:
-        teacher_ahead = _teacher_ahead(teacher, layout, ahead, offload, sizes)
-        stage.teacher_head_VH = teacher_ahead.head_VH
+        seeds = teacher_seeds or {"": 2}
+        teacher_ahead = TeachersAhead(
+            {name: _teacher_ahead(teacher, layout, ahead, offload, sizes, seed) for name, seed in seeds.items()}
+        )
     model = wrap_data_parallel(stage, optimizer, layout, overlap=False)
     megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=dtype)
     return Learner(
@@ -101,14 +107,19 @@ def build_learner(
 
 
 def _teacher_ahead(
-    config: ModelConfig, students: Layout, parallel_sizes: tuple[int, int], offload: bool, sizes: dict[str, Any]
+    config: ModelConfig,
+    students: Layout,
+    parallel_sizes: tuple[int, int],
+    offload: bool,
+    sizes: dict[str, Any],
+    seed: int,
 ) -> TeacherAhead:
     tp, pp = parallel_sizes
     layout = students
     if (tp, pp) != (students.tensor_parallel_size, students.pipeline_size):
         layout = distributed.another_layout(students, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     with distributed.active(layout):
-        teacher = build_teacher(config, layout, seed=2, **sizes)
+        teacher = build_teacher(config, layout, seed=seed, **sizes)
     padded = padded_vocab_size(
         VOCAB_SIZE,
         divisible_by=config.make_vocab_size_divisible_by,

@@ -208,6 +208,7 @@ class _Rank:
             return 0, 0, 0, 0
         sizes, tokens = self.teacher, micro_batch_rows(self.config) * self.length
         weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline)[self.teacher_stage] * e
+        count = 1 + len(self.config.teachers)
         transient = layer_transient(teacher, sizes.tensor, tokens, e)
         if parallel.teacher_schedule == "shared":
             return weights, tokens * teacher.hidden_size * e * (2 if sizes.pipeline > 1 else 1), 0, transient
@@ -217,8 +218,8 @@ class _Rank:
         table = padded_vocabulary(teacher, self.student.tensor) // self.student.tensor * teacher.hidden_size * e
         head = table if self.is_last and sizes != self.student else 0
         if parallel.offload_teacher:
-            return head, self._waiting(hidden), teacher_pass + weights, 0
-        return weights + head, self._waiting(hidden), teacher_pass, 0
+            return head * count, self._waiting(hidden), teacher_pass + weights, 0
+        return (weights + head) * count, self._waiting(hidden), teacher_pass, 0
 
     def _waiting(self, hidden: int) -> int:
         if not self.is_last or self.config.parallel.teacher_hidden == "host":

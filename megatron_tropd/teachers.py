@@ -1,0 +1,48 @@
+"""Several teachers that judge ahead, each the micro-batches of the prompts that are routed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megatron_tropd.ahead import Judged, TeacherAhead
+from megatron_tropd.distributed import Layout
+from megatron_tropd.types import Batch, MicroBatch
+
+
+class TeachersAhead:
+    """Teachers by name, in one layout; "" is the one of prompts that name none.
+
+    With ``offload`` each has its layers on the device for its own pass alone: one at a time.
+    """
+
+    def __init__(self, teachers: Mapping[str, TeacherAhead]):
+        """The order of ``teachers`` is that of the passes: the same on every rank."""
+        self.teachers = dict(teachers)
+        self.layout: Layout = next(iter(self.teachers.values())).layout
+
+    @property
+    def seconds(self) -> float:
+        """Time of all passes of the last batch."""
+        return sum(teacher.seconds for teacher in self.teachers.values())
+
+    def judge(self, batch: Batch) -> list[Judged | None]:
+        """One pass of each teacher over its micro-batches, as `TeacherAhead.judge`. Every rank calls it."""
+        judged: list[Judged | None] = [None] * len(batch.micro_batches)
+        for name, teacher in self.teachers.items():
+            mine = [index for index, one in enumerate(batch.micro_batches) if one.teacher == name]
+            found = teacher.judge(Batch(tuple(batch.micro_batches[index] for index in mine), batch.step))
+            for index, one in zip(mine, found, strict=True):
+                judged[index] = one
+        return judged
+
+    def rows(self, batch: MicroBatch, judged: Judged) -> torch.Tensor:
+        """``[N, H]`` of ``batch`` on the device, as `TeacherAhead.rows`."""
+        return self.teachers[batch.teacher].rows(judged)
+
+    def head(self, batch: MicroBatch) -> torch.Tensor:
+        """The output weight ``[V, H]`` that goes with them; for the student's last stage."""
+        weight_VH = self.teachers[batch.teacher].head_VH
+        assert weight_VH is not None
+        return weight_VH
