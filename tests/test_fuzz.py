@@ -6,6 +6,7 @@ import contextlib
 import json
 import pickle
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CASES = pytest.mark.parametrize(
     "cases", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 SECONDS_PER_CASE = 10
+"""Of CPU time; what never ends is pytest's timeout's to find."""
 TOKENIZER = CharacterTokenizer("0123456789+=")
 
 scalars = (
@@ -69,7 +71,7 @@ def check(
 
     @settings(
         max_examples=cases,
-        deadline=SECONDS_PER_CASE * 1000,
+        deadline=None,  # of the wall clock, which a busy machine stretches
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -81,7 +83,9 @@ def check(
         with tempfile.TemporaryDirectory() as folder:
             inside = Path(folder, "run")
             inside.mkdir()
+            started = time.process_time()
             read(inside, case)
+            assert time.process_time() - started < SECONDS_PER_CASE
             assert [path.name for path in Path(folder).iterdir()] == ["run"]
 
     for case in examples:
