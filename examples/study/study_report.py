@@ -21,7 +21,9 @@ Runs = dict[str, dict[int, Line]]
 """Method to seed to its line of results.jsonl; of one task and one student."""
 
 REFERENCE = "OPD"
-CURVE_METHODS = ("OPD", "Clip", "Mask", "FKL-outlier", "TrOPD")
+CURVE_METHODS = ("OPD", "Clip", "Mask", "FKL-outlier", "TrOPD", "TrOPD, Adam 0.95")
+WIDEST_DIFFERENCE = 30.0
+"""Points to either side of the reference; what lies beyond is written at the edge."""
 PANELS = (
     ("grad_norm", "gradient norm before clipping", "log"),
     ("student_entropy", "student entropy (nats per token)", "linear"),
@@ -206,9 +208,15 @@ def draw_differences(
                 found = paired_difference(runs[method], runs[REFERENCE])
                 width = 0.0 if math.isnan(found.half_width) else found.half_width
                 colour = "tab:red" if method.startswith("TrOPD") else "tab:blue"
+                if abs(100 * found.mean) > WIDEST_DIFFERENCE:
+                    edge, side = math.copysign(WIDEST_DIFFERENCE, found.mean), "left" if found.mean < 0 else "right"
+                    arrow = f"\u25c4 {found}" if found.mean < 0 else f"{found} \u25ba"
+                    axis.text(edge, row, arrow, ha=side, va="center", fontsize=8, color=colour)
+                    continue
                 axis.errorbar(100 * found.mean, row, xerr=100 * width, fmt="o", color=colour, capsize=3, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=_label(setting), xlabel=f"accuracy less {REFERENCE} (points)")
+        axis.set_xlim(-WIDEST_DIFFERENCE, WIDEST_DIFFERENCE)
         axis.grid(alpha=0.3)
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].invert_yaxis()
@@ -223,13 +231,14 @@ def draw_curves(settings: Mapping[tuple[str, str], Runs], shown: Sequence[tuple[
             runs = list(settings[setting].get(method, {}).values())
             if runs:
                 steps = [int(step) for step in runs[0]["evaluations"]]
-                _band(row[0], steps, [list(run["evaluations"].values()) for run in runs], method, marker="o")
+                accuracies = [[100 * value for value in run["evaluations"].values()] for run in runs]
+                _band(row[0], steps, accuracies, method, marker="o")
                 for axis, (name, _, _) in zip(row[1:], PANELS, strict=True):
-                    curves = [run["curves"][name] for run in runs if name in run["curves"]]
-                    if curves:
+                    curves = [run["curves"][name] for run in runs if any(run["curves"].get(name, ()))]
+                    if curves:  # a method without a gate has no outliers to show
                         width = runs[0]["steps"] / len(curves[0])
                         _band(axis, [(i + 0.5) * width for i in range(len(curves[0]))], curves, method)
-        row[0].set(title=f"{_label(setting)}: accuracy", xlabel="step")
+        row[0].set(title=f"{_label(setting)}: accuracy (%)", xlabel="step")
         for axis, (_, title, scale) in zip(row[1:], PANELS, strict=True):
             axis.set(title=title, xlabel="step", yscale=scale)
         for axis in row:
