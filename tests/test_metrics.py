@@ -34,6 +34,7 @@ def _sums_of_a_small_batch() -> dict[str, float]:
     report = {
         "student_log_prob": torch.tensor([-9.0, -1.5, -2.0, -3.25]),
         "outlier": torch.tensor([0.0, 0.0, 1.0, 0.0]),
+        "clipped": torch.tensor([1.0, 0.0, 1.0, 0.0]),
         "reward": torch.tensor([5.0, 0.5, -4.0, 0.25]),
         "p_trust": torch.tensor([1.0, 1.0, 0.25, 1.0]),
         "teacher_top_k_mass": torch.tensor([0.0, 0.0, 0.75, 0.0]),
@@ -66,6 +67,7 @@ def test_a_steps_metrics_are_means_over_the_tokens_they_are_about() -> None:
         "response_tokens": 8.0,  # two micro-batches
         "log_prob_gap": (0.5 + 0.0 + 0.25) / 3,
         "log_prob_gap_max": 0.5,
+        "clipped_ratio_share": 1 / 3,
     }
     assert found == pytest.approx(expected)
 

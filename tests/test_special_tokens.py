@@ -146,6 +146,7 @@ def test_the_end_token_is_judged_by_the_teachers_by_hand(tp: int) -> None:
 def _gradients(sizes: tuple[int, int], tied: bool) -> tuple[Any, Any, Any]:
     """Gradients of a step with the relabelled teacher; and of the student's output weight in dense float64 (pp 1)."""
     from megatron_tropd.config import OptimizerConfig
+    from megatron_tropd.pair import output_weight
     from megatron_tropd.relabel import relabel_vocabulary
     from megatron_tropd.step import forward_backward
     from tests import tiny
@@ -171,7 +172,8 @@ def _gradients(sizes: tuple[int, int], tied: bool) -> tuple[Any, Any, Any]:
             as_read[one.tokens_BS == ours] = theirs
         student_NH, _ = learner.stage(one)
         _, teacher_NH = learner.stage(dataclasses.replace(one, tokens_BS=as_read))
-        weights = [_whole(head.weight_VH, layout) for head in learner.stage.heads(student_NH, teacher_NH)]
+        shards = output_weight(learner.stage.module), learner.stage.teacher_weight()
+        weights = [_whole(shard_VH, layout) for shard_VH in shards]
         order = torch.tensor([PERMUTATION.get(index, index) for index in range(tiny.VOCAB_SIZE)])
         weight_VH = weights[0].requires_grad_()
         labels, regions, uniforms = (
