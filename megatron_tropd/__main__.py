@@ -91,7 +91,9 @@ def _refuse(error: ValueError) -> int:
         frame = frame.tb_next
     if frame is None or not frame.tb_frame.f_globals["__name__"].startswith("megatron_tropd"):
         raise error
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+    if isinstance(error, ConfigError):
+        console.tell_once(f"error: {error}")
+    else:
         print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
+
+SECONDS_FOR_RANK_0 = 30.0
+"""That another rank waits for rank 0 to say what both have found."""
 
 
 def set_up(rank: int, *, verbose: bool = False) -> None:
@@ -31,3 +35,14 @@ def set_up(rank: int, *, verbose: bool = False) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore")
+
+
+def tell_once(message: str) -> None:
+    """``message`` to stderr by rank 0, for what every rank has found.
+
+    torchrun ends the others as soon as one rank leaves, and rank 0 need not be the first to find it: another rank waits
+    for that end, and speaks only where it does not come.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(message, file=sys.stderr, flush=True)

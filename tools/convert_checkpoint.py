@@ -26,6 +26,8 @@ from typing import Any
 
 def main(arguments: list[str]) -> int:
     """Convert; returns the exit status (2 for what a user has to correct)."""
+    from megatron_tropd.console import tell_once
+
     options = _parse(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -41,8 +43,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         if not type(error).__module__.startswith("megatron_tropd") and type(error) is not ValueError:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_once(f"error: {error}")
         return 2
     return _start_ranks(_num_ranks(options), arguments)
 
