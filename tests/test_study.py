@@ -67,8 +67,17 @@ def test_intervals_are_paired_by_seed() -> None:
     with pytest.raises(ValueError, match="no run of this kind"):
         study_report.paired_difference(runs["TrOPD"], {})
     table = study_report.difference_table({("addition", "half"): runs}, [("addition", "half")], ["TrOPD", "JSD"])
-    assert "| TrOPD | **+10.0 ± 0.0** |" in table
-    assert "| JSD |  |" in table
+    assert "| TrOPD | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in table
+    assert "| JSD |  |  |" in table
+    # A second setting where TrOPD gains 0.3, 0.2 and 0.1: means 0.2, 0.15, 0.1 of the two.
+    other = {
+        "OPD": {seed: _line("OPD", seed, 0.5) for seed in (1, 2, 3)},
+        "TrOPD": {seed: _line("TrOPD", seed, 0.9 - seed / 10) for seed in (1, 2, 3)},
+    }
+    settings = {("addition", "half"): runs, ("addition", "third"): other}
+    found = study_report.mean_difference(settings, list(settings), "TrOPD")
+    assert found is not None and (found.mean, found.count) == pytest.approx((0.15, 3))
+    assert found.half_width == pytest.approx(4.3027 * 0.05 / math.sqrt(3), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -127,14 +127,36 @@ def difference_table(
     for method in methods:
         if method != REFERENCE:
             cells = [_difference(settings[setting], method) for setting in shown]
-            rows.append([method, *cells])
-    return _markdown([f"method, less {REFERENCE}", *(_label(setting) for setting in shown)], rows)
+            rows.append([method, *cells, _marked(mean_difference(settings, shown, method))])
+    header = [f"method, less {REFERENCE}", *(_label(setting) for setting in shown), "mean of these"]
+    return _markdown(header, rows)
+
+
+def mean_difference(
+    settings: Mapping[tuple[str, str], Runs], shown: Sequence[tuple[str, str]], method: str
+) -> Estimate | None:
+    """Of a seed's differences in all settings, over the seeds that have all of them; None: there is none."""
+    runs = [(settings[setting].get(method, {}), settings[setting].get(REFERENCE, {})) for setting in shown]
+    seeds = set.intersection(*(set(one) & set(reference) for one, reference in runs)) if runs else set()
+    if not seeds:
+        return None
+    return estimate(
+        [
+            fmean(one[seed]["accuracy"] - reference[seed]["accuracy"] for one, reference in runs)
+            for seed in sorted(seeds)
+        ]
+    )
 
 
 def _difference(runs: Runs, method: str) -> str:
     if not set(runs.get(method, {})) & set(runs.get(REFERENCE, {})):
         return ""
-    found = paired_difference(runs[method], runs[REFERENCE])
+    return _marked(paired_difference(runs[method], runs[REFERENCE]))
+
+
+def _marked(found: Estimate | None) -> str:
+    if found is None:
+        return ""
     text = f"{'+' if found.mean >= 0 else ''}{found}"
     return f"**{text}**" if abs(found.mean) > found.half_width else text
 
