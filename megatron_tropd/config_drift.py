@@ -44,6 +44,9 @@ MAY_CHANGE = frozenset(
 FILES = ("data.train", "guidance.answers")
 """Fields that name input files: what counts is the content, wherever it lies."""
 
+_MAPPINGS = ("teachers",)
+"""Fields beside the sections whose keys are the user's: compared as a whole."""
+
 
 class DriftError(ValueError):
     """A resumed run whose config is another experiment's."""
@@ -125,9 +128,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value  # as it comes back from a checkpoint's JSON
-        result |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and not prefix else {f"{prefix}{name}": value}
-        )
+        is_section = isinstance(value, dict) and not prefix and name not in _MAPPINGS
+        result |= _flat(value, f"{name}.") if is_section else {f"{prefix}{name}": value}
     return result
 
 
