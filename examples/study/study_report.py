@@ -21,7 +21,7 @@ Runs = dict[str, dict[int, Line]]
 """Method to seed to its line of results.jsonl; of one task and one student."""
 
 REFERENCE = "OPD"
-CURVE_METHODS = ("OPD", "Clip", "Mask", "FKL-outlier", "TrOPD", "TrOPD, Adam 0.95")
+CURVE_METHODS = ("OPD", "Clip", "Mask", "FKL-outlier", "TrOPD")
 WIDEST_DIFFERENCE = 30.0
 """Points to either side of the reference; what lies beyond is written at the edge."""
 PANELS = (
