@@ -128,8 +128,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value  # as it comes back from a checkpoint's JSON
-        is_section = isinstance(value, dict) and not prefix and name not in _MAPPINGS
-        result |= _flat(value, f"{name}.") if is_section else {f"{prefix}{name}": value}
+        if isinstance(value, dict) and not prefix and name not in _MAPPINGS:
+            result |= _flat(value, f"{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
     return result
 
 
