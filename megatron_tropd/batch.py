@@ -242,19 +242,18 @@ def _teacher_view(
     """Tokens and loss positions as the teacher has them, where it reads other prompts; padded with 0."""
     if not any(row is not None and row.request.prompt.teacher_tokens for row in rows):
         return None, None
-    trajectories, offsets = [], np.zeros(len(rows), dtype=np.int64)
+    read: dict[int, list[int]] = {}
+    offsets = np.zeros(len(rows), dtype=np.int64)
     for index, row in enumerate(rows):
-        request = None if row is None else row.request
-        if row is None or request is None:
-            trajectories.append([0])
-            continue
-        prompt = request.prompt.teacher_tokens or request.prompt.tokens
-        offsets[index] = len(prompt) - len(request.prompt.tokens)
-        trajectories.append([*prompt, *request.prefix, *row.response][:-1])
-    longest = max(1, *map(len, trajectories))
+        if row is not None:
+            prompt = row.request.prompt
+            seen = prompt.teacher_tokens or prompt.tokens
+            offsets[index] = len(seen) - len(prompt.tokens)
+            read[index] = [*seen, *row.request.prefix, *row.response][:-1]
+    longest = max(1, *map(len, read.values()))
     tokens_BS = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)
-    for index, trajectory in enumerate(trajectories):
-        tokens_BS[index, : len(trajectory)] = trajectory
+    for index, tokens in read.items():
+        tokens_BS[index, : len(tokens)] = tokens
     rows_N, positions_N = loss_positions_N // num_positions, loss_positions_N % num_positions
     return tokens_BS, rows_N * tokens_BS.shape[1] + positions_N + offsets[rows_N]
 

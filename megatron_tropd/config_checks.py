@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_schedule
 from megatron_tropd.config_data_checks import check_data
 from megatron_tropd.config_require import collecting, require
-from megatron_tropd.config_teacher import TeacherContextConfig
 
 
 def validate(config: Config, world_size: int, command: str) -> None:
@@ -75,7 +74,7 @@ def _check_teacher_layout(config: Config, world_size: int) -> None:
         )
     context = config.teacher_context
     require(
-        context == TeacherContextConfig() or parallel.teacher_schedule == "ahead",
+        not context.is_set or parallel.teacher_schedule == "ahead",
         "teacher_context needs parallel.teacher_schedule=ahead: in the shared one both models read the same tokens",
     )
     require(

@@ -18,3 +18,8 @@ class TeacherContextConfig:
     """System message of the teacher's conversation, for lines with "messages"; the same places."""
     max_prompt_length: int | None = None
     """Budget of the teacher's prompt in tokens; None: data.max_prompt_length."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the teacher reads anything else than the student."""
+        return self.prompt_template is not None or self.system_prompt is not None

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerHeader, AnswerWriter
 from megatron_tropd.config import Config, architecture
-from megatron_tropd.config_teacher import TeacherContextConfig
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
@@ -118,6 +117,6 @@ def _header(run: Run) -> AnswerHeader:
         generation={
             **{name: value for name, value in asdict(config.rollout).items() if name != "samples_per_prompt"},
             "seed": config.training.seed + 1,
-            **({} if context == TeacherContextConfig() else {"teacher_context": asdict(context)}),
+            **({"teacher_context": asdict(context)} if context.is_set else {}),
         },
     )

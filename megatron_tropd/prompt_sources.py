@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from megatron_tropd.config import Config, ConfigError
-from megatron_tropd.config_teacher import TeacherContextConfig
 from megatron_tropd.data import procedural_prompts, read_prompts
 from megatron_tropd.indexed_prompts import read_indexed_prompts
 from megatron_tropd.jsonl import DataError
@@ -57,7 +56,7 @@ def read_prompt_file(
     them; procedural tasks and indexed datasets have no such text (ConfigError where one is asked for).
     """
     data, tasks, context = config.data, config.tasks, config.teacher_context
-    with_context = for_teacher and context != TeacherContextConfig()
+    with_context = for_teacher and context.is_set
     if with_context and (path in SOURCES or Path(path).suffix == ".idx"):
         raise ConfigError(f"teacher_context needs prompts that are text lines; {path} has none: write them to JSONL")
     if path in SOURCES:

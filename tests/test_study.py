@@ -80,6 +80,15 @@ def test_intervals_are_paired_by_seed() -> None:
     assert found.half_width == pytest.approx(4.3027 * 0.05 / math.sqrt(3), rel=1e-4)
 
 
+def test_adams_steps_after_gradients_that_were_much_smaller() -> None:
+    """The factors that docs/study.md names: first moment over root of the second, n steps into the larger ones."""
+
+    def largest(beta2: float) -> float:
+        return max((1 - 0.9**n) / math.sqrt(1 - beta2**n) for n in range(1, 1000))
+
+    assert largest(0.999) == pytest.approx(6.6, abs=0.05) and largest(0.95) == pytest.approx(1.1, abs=0.05)
+
+
 @pytest.mark.slow
 def test_a_small_study_runs_resumes_and_reports(tmp_path: Path) -> None:
     short = ["--training.train_iters=4", "--training.global_batch_size=8", "--training.micro_batch_size=8"]

@@ -43,6 +43,7 @@ DATA = {"addition": make_data.main, "chain_sum": make_chains.main}
 NUM_EVALUATIONS = 5
 SEEDS_APART = 1000
 """From the seed of a start to that of the next attempt."""
+MOST_ATTEMPTS = 5
 NUM_WINDOWS = 10
 """Points of a curve in results.jsonl, each the mean of a tenth of the run."""
 CURVES = ("grad_norm", "student_entropy", "outlier_share", "reward", "on_policy_share", "response_length")
@@ -263,6 +264,11 @@ def _run_starts(
         for spec in waiting:
             shutil.rmtree(spec.folder, ignore_errors=True)  # of other configs, or unfinished
         attempt, failed = attempt + 1, {}
+        if attempt > MOST_ATTEMPTS:
+            sys.exit(
+                f"{', '.join(str(spec.folder) for spec in waiting.values())}: below training.target_accuracy after "
+                f"{MOST_ATTEMPTS} attempts: lower it, or raise training.train_iters, in study.yaml"
+            )
         for tried, seconds in _finished(pool, list(waiting)):
             spec = waiting[tried]
             line = summarize(spec, study, seconds) | {"attempts": attempt}

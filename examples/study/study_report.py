@@ -21,7 +21,15 @@ Runs = dict[str, dict[int, Line]]
 """Method to seed to its line of results.jsonl; of one task and one student."""
 
 REFERENCE = "OPD"
-CURVE_METHODS = ("OPD", "Clip", "Mask", "FKL-outlier", "TrOPD")
+CURVE_METHODS = {
+    "OPD": "tab:blue",
+    "Clip": "tab:orange",
+    "Mask": "tab:green",
+    "FKL-outlier": "tab:red",
+    "TrOPD": "tab:purple",
+    "TrOPD, beta2 0.95": "tab:brown",
+}
+"""Method to its colour in every panel."""
 WIDEST_DIFFERENCE = 30.0
 """Points to either side of the reference; what lies beyond is written at the edge."""
 PANELS = (
@@ -29,7 +37,6 @@ PANELS = (
     ("student_entropy", "student entropy (nats per token)", "linear"),
     ("outlier_share", "outlier share of on-policy tokens", "linear"),
 )
-TITLES = {"addition": "addition (6 tokens)", "chain_sum": "chains of sums (19 tokens)"}
 
 
 @dataclass(frozen=True)
@@ -246,20 +253,23 @@ def draw_differences(
 
 
 def draw_curves(settings: Mapping[tuple[str, str], Runs], shown: Sequence[tuple[str, str]], path: Path) -> None:
-    """A row a setting: accuracy, gradient norm, entropy, outlier share against the step; bands: one std over seeds."""
+    """A row a setting: accuracy, gradient norm, entropy, outlier share against the step.
+
+    Bands: one std over seeds, within what they reach.
+    """
     figure, axes = pyplot.subplots(len(shown), 4, figsize=(15, 3.2 * len(shown)), squeeze=False)
     for row, setting in zip(axes, shown, strict=True):
-        for method in CURVE_METHODS:
+        for method, colour in CURVE_METHODS.items():
             runs = list(settings[setting].get(method, {}).values())
             if runs:
                 steps = [int(step) for step in runs[0]["evaluations"]]
                 accuracies = [[100 * value for value in run["evaluations"].values()] for run in runs]
-                _band(row[0], steps, accuracies, method, marker="o")
+                _band(row[0], steps, accuracies, label=method, color=colour, marker="o")
                 for axis, (name, _, _) in zip(row[1:], PANELS, strict=True):
                     curves = [run["curves"][name] for run in runs if any(run["curves"].get(name, ()))]
                     if curves:  # a method without a gate has no outliers to show
                         width = runs[0]["steps"] / len(curves[0])
-                        _band(axis, [(i + 0.5) * width for i in range(len(curves[0]))], curves, method)
+                        _band(axis, [(i + 0.5) * width for i in range(len(curves[0]))], curves, color=colour)
         row[0].set(title=f"{_label(setting)}: accuracy (%)", xlabel="step")
         for axis, (_, title, scale) in zip(row[1:], PANELS, strict=True):
             axis.set(title=title, xlabel="step", yscale=scale)
@@ -269,9 +279,7 @@ def draw_curves(settings: Mapping[tuple[str, str], Runs], shown: Sequence[tuple[
     _save(figure, path)
 
 
-def _band(
-    axis: Any, steps: Sequence[float], curves: Sequence[Sequence[float | None]], label: str, **style: Any
-) -> None:
+def _band(axis: Any, steps: Sequence[float], curves: Sequence[Sequence[float | None]], **style: Any) -> None:
     points = [
         (step, [value for value in values if value is not None])
         for step, values in zip(steps, zip(*curves, strict=True), strict=True)
@@ -280,24 +288,26 @@ def _band(
     means = [fmean(values) for _, values in points]
     spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
     steps = [step for step, _ in points]
-    (line,) = axis.plot(steps, means, label=label, linewidth=1.4, markersize=3, **style)
-    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-    axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axis.plot(steps, means, linewidth=1.4, markersize=3, **style)
+    # Not beyond what was seen: on a logarithmic axis a mean less its spread may have no place.
+    low = [max(mean - spread, min(values)) for mean, spread, (_, values) in zip(means, spreads, points, strict=True)]
+    high = [min(mean + spread, max(values)) for mean, spread, (_, values) in zip(means, spreads, points, strict=True)]
+    axis.fill_between(steps, low, high, alpha=0.12, color=style["color"], linewidth=0)
 
 
 def draw_sensitivity(runs: Runs, variants: Sequence[str], path: Path) -> None:
-    """Accuracy of every variant with its interval."""
-    present = [variant for variant in variants if runs.get(variant)]
+    """Every variant's accuracy less that of the method as it stands, which comes first, with interval."""
+    usual, *others = variants
+    present = [variant for variant in others if set(runs.get(variant, {})) & set(runs.get(usual, {}))]
     figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(present) + 1.5))
     for row, variant in enumerate(present):
-        found = estimate([line["accuracy"] for line in runs[variant].values()])
+        found = paired_difference(runs[variant], runs[usual])
         width = 0.0 if math.isnan(found.half_width) else found.half_width
-        colour = "tab:red" if row == 0 else "tab:blue"
-        axis.errorbar(100 * found.mean, row, xerr=100 * width, fmt="o", color=colour, capsize=3, markersize=5)
+        axis.errorbar(100 * found.mean, row, xerr=100 * width, fmt="o", color="tab:blue", capsize=3, markersize=5)
+    axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(present)), present)
     axis.invert_yaxis()
-    axis.set_xlabel("held-out accuracy (%)")
+    axis.set_xlabel(f"accuracy less {usual} (points)")
     axis.grid(alpha=0.3)
     _save(figure, path)
 
