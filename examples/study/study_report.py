@@ -275,8 +275,8 @@ def draw_curves(settings: Mapping[tuple[str, str], Runs], shown: Sequence[tuple[
             axis.set(title=title, xlabel="step", yscale=scale)
         for axis in row:
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    _save(figure, path)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(CURVE_METHODS))
+    _save(figure, path, top=0.97)
 
 
 def _band(axis: Any, steps: Sequence[float], curves: Sequence[Sequence[float | None]], **style: Any) -> None:
@@ -312,7 +312,7 @@ def draw_sensitivity(runs: Runs, variants: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: Any, path: Path, top: float = 1.0) -> None:
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
