@@ -176,7 +176,15 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
 def load_student(run: Run) -> GPTModel:
     """The student's slice on this rank, with the weights of ``student.load`` where it is set."""
     build = partial(build_model, recompute=run.config.training.recompute)
-    return _load(run, run.layout, run.config.student, build, run.tokenizer, seed=run.config.training.seed)
+    return _load(
+        run,
+        run.layout,
+        run.config.student,
+        build,
+        run.tokenizer,
+        max_sequence_length=run.max_sequence_length,
+        seed=run.config.training.seed,
+    )
 
 
 def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> GPTModel:
@@ -189,7 +197,15 @@ def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> GPTM
     if name:
         config = replace(config, load=run.config.teachers[name])
     layout = layout or run.layout
-    teacher = _load(run, layout, config, build_teacher, run.teacher_tokenizer, seed=run.config.training.seed + 1)
+    teacher = _load(
+        run,
+        layout,
+        config,
+        build_teacher,
+        run.teacher_tokenizer,
+        max_sequence_length=run.max_teacher_length,
+        seed=run.config.training.seed + 1,
+    )
     mapped = map_special_tokens(run.tokenizer, run.teacher_tokenizer, run.config.tokenizer.special_token_map)
     relabel_vocabulary(teacher, mapped, layout.groups.tp)
     return teacher
@@ -229,14 +245,21 @@ def load_teachers_ahead(run: Run) -> TeachersAhead:
 
 
 def _load(
-    run: Run, layout: Layout, config: ModelConfig, build: Callable[..., GPTModel], tokenizer: Tokenizer, *, seed: int
+    run: Run,
+    layout: Layout,
+    config: ModelConfig,
+    build: Callable[..., GPTModel],
+    tokenizer: Tokenizer,
+    *,
+    max_sequence_length: int,
+    seed: int,
 ) -> GPTModel:
     size = vocab_size(config, tokenizer)
     model = build(
         config,
         layout,
         vocab_size=size,
-        max_sequence_length=run.max_sequence_length if config is run.config.student else run.max_teacher_length,
+        max_sequence_length=max_sequence_length,
         dtype=run.dtype,
         seed=seed if config.load is None else None,
     )

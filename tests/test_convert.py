@@ -326,10 +326,11 @@ KEPT = ("step_2", "step_3")
 
 
 def _export_on_save(path: str, run: str, *, async_save: bool) -> None:
-    """Train with an export beside every checkpoint, over what an earlier start left; then as after two crashes."""
+    """Train with an export beside every checkpoint, over what an earlier start left; one fails; two crashes."""
     import torch.distributed as dist
 
     from megatron_tropd.config_parser import load_config
+    from megatron_tropd.hf_config import HuggingFaceError
     from megatron_tropd.trainer import sft
 
     config = load_config(
@@ -349,7 +350,18 @@ def _export_on_save(path: str, run: str, *, async_save: bool) -> None:
                 (folder / name).mkdir(parents=True)
         dist.barrier()
 
+    in_the_way = folder / "step_1.incomplete"
     crash(None, "step_3")
+    if dist.get_rank() == 0:
+        in_the_way.touch()
+    dist.barrier()
+    with pytest.raises(HuggingFaceError, match="could not be written"):
+        sft(config)
+    assert (Path(run) / "checkpoints" / "latest").read_text() == "step_1"  # that of the failed export
+    dist.barrier()
+    if dist.get_rank() == 0:
+        in_the_way.unlink()
+    dist.barrier()
     sft(config)
     crash("step_3", "step_4", "step_4.incomplete")
     sft(config)

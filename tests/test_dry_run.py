@@ -122,6 +122,8 @@ def _one_problem_each(folder: Path) -> None:
         ({"student": {"num_attention_heads": 0}}, "student.num_attention_heads must be at least 1, found 0"),
         ({"parallel": {"tensor_model_parallel_size": 0}}, "parallel sizes must be at least 1"),
     ]
+    gone = {"teachers": {"math": "nowhere"}, "parallel": {"teacher_schedule": "ahead"}}
+    cases.append((gone, "teachers.math.load nowhere is not there"))
     for changes, message in cases:
         status, text = _run(_write(folder, **changes), "--dry-run")
         assert status == 1 and message in text, text

@@ -132,6 +132,17 @@ def test_what_cannot_fit_is_not_offered() -> None:
     assert plans(replace(run, training=TrainingConfig(global_batch_size=3)), 64, GPUS["H100"], Assumptions()) == []
 
 
+def test_every_teacher_has_its_weights_on_the_device_unless_they_are_offloaded() -> None:
+    run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
+    one = replace(run, parallel=replace(run.parallel, teacher_schedule="ahead"))
+    three = replace(one, teachers={"math": "a", "code": "b"})
+    ((alone,), (together,)) = (rank_memory(each, 8).values() for each in (one, three))
+    assert together.teacher_weights == 3 * alone.teacher_weights > 0
+    away = [replace(each, parallel=replace(each.parallel, offload_teacher=True)) for each in (one, three)]
+    ((alone,), (together,)) = (rank_memory(each, 8).values() for each in away)
+    assert together.teacher_weights == alone.teacher_weights == 0
+
+
 def test_fused_heads_make_logits_absent() -> None:
     run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
     (fused,) = rank_memory(run, 8).values()

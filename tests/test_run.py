@@ -196,7 +196,9 @@ def _start(path: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def test_sigterm_saves_a_checkpoint_and_exits_0(tmp_path: Path, data: Path) -> None:
-    path = config_file(tmp_path, data, training={"train_iters": 10_000, "save_interval": 0, "eval_interval": 0})
+    # Rollouts in use are in no checkpoint: the step in hand is followed by those that are left of its rollout.
+    training = {"train_iters": 10_000, "save_interval": 0, "eval_interval": 0, "steps_per_rollout": 5}
+    path = config_file(tmp_path, data, training=training)
     process = _start(path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -208,6 +210,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_0(tmp_path: Path, data: Path) -> N
     assert process.returncode == 0, output
     steps_done = metrics.read_text().count("\n")
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps_done}"
+    assert steps_done % 5 == 0
     assert "SIGTERM: saved" in output
     report = _exit_report(tmp_path / "run", rank=0)
     assert (report["outcome"], report["error"], report["steps_done"]) == ("sigterm", None, steps_done)
