@@ -80,6 +80,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to count, to report and to listen; rank 0 and the last rank also judge."""
         self._messages.install()
+        self._report()  # at once: a rank that falls silent before its first report would never be missed
         self._thread.start()
 
     def stop(self) -> None:

@@ -95,8 +95,8 @@ def test_a_small_study_runs_resumes_and_reports(tmp_path: Path) -> None:
     shorter = [*short, "--training.eval_samples=8"]
     study = {
         "seeds": [1],
-        "tasks": {"chain_sum": {"data": ["--num-train=64"], "teacher": short, "base": short}},
-        "students": {"half": [*shorter, "--data.max_prompt_length=12"]},
+        "tasks": {"chain_sum": {"data": ["--digits=1", "--num-train=64"], "teacher": short, "base": short}},
+        "students": {"half": shorter},
         "methods": {"OPD": ["--objective=opd"]},
         "sensitivity": {"task": "chain_sum", "student": "half", "method": "OPD", "variants": {}},
     }
