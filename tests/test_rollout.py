@@ -67,7 +67,7 @@ def _build(layout: Any, config: ModelConfig = MODEL) -> Any:
 
 
 def _engine(model: Any, layout: Any, **options: Any) -> Any:
-    from megatron_tropd.rollout import StaticEngine
+    from megatron_tropd.static_engine import StaticEngine
 
     defaults = {"max_batch_size": 9, "temperature": 1.0, "top_p": 1.0, "seed": SEED}
     return StaticEngine(model, layout, vocab_size=VOCAB_SIZE, eos_id=EOS, **(defaults | options))

@@ -1,9 +1,4 @@
-"""Generation by Megatron inference on the trainer's own weights, continuing prompt + teacher prefix.
-
-DESIGN 6. The engine reads the very parameters the optimizer moves: no copy, nothing to synchronise. A
-response depends on (seed, sample id, prompt, prefix) alone, not on the batch it was generated in nor on the
-parallel layout, up to the rounding of matrix products: every token is the inverse CDF of the model's
-distribution at one counter-based uniform.
+"""Generation with Megatron's static batching, on the trainer's own weights.
 
 Shape suffixes: ``B`` sequences of a static batch, ``S`` positions of prompt + prefix + response.
 """
@@ -14,11 +9,10 @@ import math
 from collections.abc import Sequence
 from itertools import batched
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from megatron_tropd.config import RolloutConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
@@ -33,47 +27,6 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
-
-
-class RolloutEngine(Protocol):
-    """What the trainer, the teacher-answer generator and the evaluation ask to generate."""
-
-    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
-        """Continue every request to its end token or to ``max_response_length`` tokens of prefix + response.
-
-        The rollouts come in the order of the requests. Every rank of one model replica (tensor x pipeline
-        parallel) calls it with the same requests and gets the same rollouts; replicas are independent, one
-        may have none.
-        """
-        ...
-
-
-def build_engine(
-    model: GPTModel,
-    layout: Layout,
-    config: RolloutConfig,
-    *,
-    vocab_size: int,
-    eos_id: int,
-    seed: int,
-    with_entropies: bool = False,
-) -> RolloutEngine:
-    """The engine this machine runs ``config`` with: the one place that chooses.
-
-    ``vocab_size`` is the number of ids student and teacher share; ``eos_id`` ends a response; ``seed`` keys
-    the draws; ``with_entropies`` records the student's entropy at every sampled token.
-    """
-    return StaticEngine(
-        model,
-        layout,
-        vocab_size=vocab_size,
-        eos_id=eos_id,
-        max_batch_size=config.max_batch_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=seed,
-        with_entropies=with_entropies,
-    )
 
 
 class StaticEngine:
@@ -120,7 +73,7 @@ class StaticEngine:
         self.with_entropies = with_entropies
 
     def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
-        """See ``RolloutEngine``. A prefix that has its end token or fills the budget gets an empty response.
+        """See ``rollout.RolloutEngine``. A prefix that has its end token or fills the budget gets an empty response.
 
         Raises ValueError, before anything runs, where a sequence could outgrow the model or a prefix its
         budget, and afterwards where the model's logits were not finite. Leaves the model ready to train.
