@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from megatron_tropd.config_data import DataConfig, TokenizerConfig
+from megatron_tropd.config_rollout import RolloutConfig
 from megatron_tropd.config_tasks import EvaluationConfig, TasksConfig
 from megatron_tropd.config_teacher import TeacherContextConfig
 from megatron_tropd.config_watch import GuardConfig, MonitoringConfig
@@ -97,22 +98,6 @@ class ParallelConfig:
     """teacher_schedule=ahead: the teacher's layers are in host memory but for the time of a pass."""
     distributed_timeout_minutes: float = 30.0
     """Where ranks wait longer than this for one that hangs, the job ends and names it."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Generation by the student (and by the teacher for guidance answers)."""
-
-    samples_per_prompt: int = 4
-    """Rollouts of each prompt in a step."""
-    max_response_length: int = 8192
-    """Token budget of prefix + response."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 is greedy. The trust region is defined at 1."""
-    top_p: float = 1.0
-    """Nucleus mass to sample from; 1 is off."""
-    max_batch_size: int = 256
-    """Most sequences the engine decodes at once on one data-parallel rank."""
 
 
 @dataclass(frozen=True)

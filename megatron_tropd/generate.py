@@ -20,6 +20,9 @@ from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
 from megatron_tropd.types import Rollout, RolloutRequest
 
+_OF_ANSWERS = ("max_response_length", "temperature", "top_p", "max_batch_size")
+"""Fields of ``rollout`` that a store's header keeps: what the answers depend on."""
+
 
 def generate(config: Config) -> None:
     """Write one teacher answer for each prompt of ``data.train`` to ``guidance.answers``.
@@ -115,7 +118,7 @@ def _header(run: Run) -> AnswerHeader:
             **({"teachers": config.teachers} if config.teachers else {}),
         },
         generation={
-            **{name: value for name, value in asdict(config.rollout).items() if name != "samples_per_prompt"},
+            **{name: getattr(config.rollout, name) for name in _OF_ANSWERS},
             "seed": config.training.seed + 1,
             **({"teacher_context": asdict(context)} if context.is_set else {}),
         },

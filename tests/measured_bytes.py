@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_tropd import rollout
-from megatron_tropd.config import RolloutConfig
+from megatron_tropd.config_rollout import RolloutConfig
 from megatron_tropd.optimization import _inner_optimizers
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.step import Learner

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config_data", "config_tasks", "config_teacher", "config_watch", "prompt"},
+    {"config_data", "config_rollout", "config_tasks", "config_teacher", "config_watch", "prompt"},
     {
         "config",
         "console",

@@ -22,7 +22,7 @@ data = test_run.data
 
 def _reports(tp: int, pp: int, ahead: tuple[int, int] | None) -> dict[str, Any]:
     """What this rank's watchdog reports after a step and a few responses."""
-    from megatron_tropd.config import RolloutConfig
+    from megatron_tropd.config_rollout import RolloutConfig
     from megatron_tropd.rollout import build_engine
     from megatron_tropd.step import forward_backward
     from tests import tiny
