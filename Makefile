@@ -6,7 +6,7 @@ TRACKERS := .venv/.trackers
 AUDIT := .venv/audit/bin/pip-audit
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-real study test slow faults soak audit lint types check clean
+.PHONY: help setup demo demo-real study test slow gpu faults soak audit lint types check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -41,6 +41,9 @@ $(TRACKERS): $(READY) constraints.txt
 
 slow: $(REAL) $(TRACKERS)  ## the slow part of the test suite
 	@$(PYTHON) -m pytest -m slow
+
+gpu: $(READY)  ## what needs a GPU: compiled kernels, NCCL, bf16, whole runs against the CPU's
+	@$(PYTHON) -m pytest tests/test_gpu.py -s
 
 faults: $(READY)  ## kill ranks at random moments, TRIALS=50 times; every restart must end bit for bit the same
 	@PYTHONPATH=. $(PYTHON) tools/faults.py --trials=$(or $(TRIALS),50)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loss_bench import costs
 from loss_bench.cases import CASES, ERROR_TOKENS, HEAD, HEAD_SIZES, gradient_error, make_inputs
-from loss_bench.implementations import Implementation, implementations
+from loss_bench.implementations import PRODUCTS, Implementation, implementations
 
 from megatron_tropd.kernels import compiled
 
@@ -71,6 +71,7 @@ class Bar:
     peer: str
     compiled: bool
     at_least: float
+    on_cuda: bool = False
 
 
 BARS = [
@@ -85,7 +86,20 @@ BARS = [
         for case in CASES
         if case != HEAD
     ),
+    Bar("K1 beside Liger's cross-entropy", "K1", "Liger cross-entropy, twice", False, 2.5, on_cuda=True),
+    Bar(
+        "K1 beside Megatron's fused cross-entropy",
+        "K1",
+        "Megatron fused cross-entropy, twice",
+        False,
+        6.0,
+        on_cuda=True,
+    ),
+    # At most 1.2 times the products' time.
+    Bar("fused head beside its matrix products", HEAD, PRODUCTS, False, 1 / 1.2, on_cuda=True),
 ]
+BANDWIDTH_SHARE = 0.75
+"""On CUDA, the least share of the copy bandwidth over the floor's bytes."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,12 @@ class Limit:
     """Of the fused heads, with logits in bf16, instead of the losses from logits. What the weight's fp32 gradient takes
     is not theirs and taken off: Megatron has a buffer for it."""
 
-    def values(self, rows: list[Row], num_tokens: int) -> list[float]:
+    def values(self, rows: list[Row], num_tokens: int, device: torch.device) -> list[float]:
         """What the rows that it is about have."""
         about = [row for row in rows if row.ours and (row.case == HEAD) == self.head]
         if self.head:
             about = [row for row in about if row.implementation.split(", ")[-1] in ("ours", "compiled", "recomputing")]
-        taken_off = 4 * HEAD_SIZES[0] / num_tokens if self.head else 0.0
+        taken_off = 4 * HEAD_SIZES[device.type][0] / num_tokens if self.head else 0.0
         return [getattr(row, self.column) - taken_off for row in about]
 
 
@@ -125,7 +139,7 @@ def measure_case(case: str, arguments: argparse.Namespace, device: torch.device,
     inputs = make_inputs(case, arguments.tokens, arguments.vocab, device)
     tp, rows, able = dist.get_world_size(), [], []
     compiled.reset()  # each objective is another function to the compiler, which gives up after eight
-    for implementation in (one for one in implementations(device) if case in one.cases):
+    for implementation in chosen(arguments, device, case):
         obstacle = implementation.obstacle(device, tp)
         if obstacle is None:
             able.append(implementation)
@@ -144,6 +158,12 @@ def measure_case(case: str, arguments: argparse.Namespace, device: torch.device,
     return [measured.get(row.implementation, row) for row in rows]
 
 
+def chosen(arguments: argparse.Namespace, device: torch.device, case: str) -> list[Implementation]:
+    """Who is asked for in this case."""
+    known = (one for one in implementations(device) if case in one.cases)
+    return [one for one in known if not (one.compiled and arguments.without_compiled)]
+
+
 def _row(
     implementation: Implementation, case: str, inputs: costs.Inputs, medians: dict[str, float], device: torch.device
 ) -> Row:
@@ -153,8 +173,10 @@ def _row(
         peak = costs.peak_bytes(implementation, inputs, objective)
         kept = costs.kept_bytes(implementation, inputs, objective)
         collectives, moved = costs.count(implementation, inputs, objective)
-        exact = inputs.head(ERROR_TOKENS)
-        error = gradient_error(exact, costs.step(implementation, few, objective), objective)
+        error = None
+        if implementation.is_loss:
+            exact = inputs.head(ERROR_TOKENS)
+            error = gradient_error(exact, costs.step(implementation, few, objective), objective)
     counted = not (implementation.opaque or implementation.backend in ("compile", "triton"))
     own = medians[implementation.name]
     share = None
@@ -167,7 +189,7 @@ def _row(
         tp=dist.get_world_size(),
         time_ms=1e3 * own,
         time_ratio=own / medians["ours"],
-        time_ratio_compiled=own / medians["ours, compiled"],
+        time_ratio_compiled=own / medians["ours, compiled"] if "ours, compiled" in medians else None,
         peak_bytes_per_element=peak / elements,
         kept_bytes_per_element=kept / elements,
         bytes_moved_per_element=moved / elements if counted else None,
@@ -197,20 +219,25 @@ def cells(row: Row) -> list[str]:
     return [row.case, name, *("-" if value is None else format(value, spec) for value, spec in values)]
 
 
-def judge(rows: list[Row], num_tokens: int) -> list[list[str]]:
+def judge(rows: list[Row], num_tokens: int, device: torch.device) -> list[list[str]]:
     """Every bar of the cases in ``rows`` with what was found: ``[what, bar, found, verdict]``."""
     known = {(row.case, row.implementation): row for row in rows}
-    cases = {row.case for row in rows}
+    cases = list(dict.fromkeys(row.case for row in rows))
     lines = []
     for limit in LIMITS:
-        values = limit.values(rows, num_tokens)
+        values = limit.values(rows, num_tokens, device)
         if not values:
             continue
         judged = num_tokens >= limit.min_tokens
         verdict = "not measured" if not judged else "holds" if max(values) <= limit.at_most else "missed"
         lines.append([limit.what, f"at most {limit.at_most:g}", f"{max(values):.2g}" if judged else "-", verdict])
+    for case in cases:
+        share = known[case, "ours"].bandwidth_share
+        if share is not None:
+            verdict = "holds" if share >= BANDWIDTH_SHARE else "missed"
+            lines.append([f"{case}, of the copy bandwidth", f"at least {BANDWIDTH_SHARE:.0%}", f"{share:.0%}", verdict])
     for bar in BARS:
-        if bar.case not in cases:
+        if bar.case not in cases or bar.on_cuda != (device.type == "cuda"):
             continue
         row = known.get((bar.case, bar.peer))
         ratio = None if row is None else row.time_ratio_compiled if bar.compiled else row.time_ratio
@@ -233,7 +260,7 @@ def _cpu() -> str:
     return f"{models[0]} ({len(models)} cores)" if models else "CPU"
 
 
-def print_tables(rows: list[Row], heading: str, num_tokens: int) -> None:
+def print_tables(rows: list[Row], heading: str, num_tokens: int, device: torch.device) -> None:
     """To the terminal."""
     table = Table(title=heading)
     for name in ("case", "implementation", *COLUMNS):
@@ -241,7 +268,7 @@ def print_tables(rows: list[Row], heading: str, num_tokens: int) -> None:
     for row in rows:
         table.add_row(*cells(row))
     bars = Table("bar", "", "found", "verdict", title="Bars")
-    for line in judge(rows, num_tokens):
+    for line in judge(rows, num_tokens, device):
         bars.add_row(*line)
     console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(table)
@@ -249,14 +276,14 @@ def print_tables(rows: list[Row], heading: str, num_tokens: int) -> None:
         console.print(bars)
 
 
-def markdown(rows: list[Row], heading: str, num_tokens: int) -> str:
+def markdown(rows: list[Row], heading: str, num_tokens: int, device: torch.device) -> str:
     """The same as a section of a document."""
 
     def lines(header: list[str], body: list[list[str]]) -> list[str]:
         return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
 
     parts = [f"## {heading}", "", *lines(["case", "implementation", *COLUMNS], [cells(row) for row in rows])]
-    bars = judge(rows, num_tokens)
+    bars = judge(rows, num_tokens, device)
     if bars and any(row.tp == 1 for row in rows):
         parts += ["", *lines(["bar", "", "found", "verdict"], bars)]
     return "\n".join(parts) + "\n"
@@ -269,6 +296,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936, help="ids; must divide by the number of ranks")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps; the median counts")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--without-compiled", action="store_true", help="leave out what torch.compile takes minutes for"
+    )
     parser.add_argument("--quick", action="store_true", help="128 tokens: under five minutes on two cores")
     parser.add_argument("--json", type=Path, help="also write one JSON object per row and line to this file")
     parser.add_argument("--markdown", type=Path, help="also append the tables to this document")
@@ -278,19 +308,19 @@ def main() -> None:
     if arguments.vocab % dist.get_world_size():
         parser.error(f"--vocab {arguments.vocab} does not divide by {dist.get_world_size()} ranks")
     main_rank = dist.get_rank() == 0
-    known = [(case, one) for one in implementations(device) for case in one.cases if case in arguments.cases]
-    steps = [one for _, one in known if one.obstacle(device, dist.get_world_size()) is None]
+    known = [one for case in arguments.cases for one in chosen(arguments, device, case)]
+    steps = [one for one in known if one.obstacle(device, dist.get_world_size()) is None]
     rows = []
     with tqdm(total=len(steps) * (arguments.repeats + 1), disable=not main_rank, unit="step") as progress:
         for case in arguments.cases:
             rows += measure_case(case, arguments, device, progress)
     if main_rank:
-        print_tables(rows, title(arguments, device), arguments.tokens)
+        print_tables(rows, title(arguments, device), arguments.tokens, device)
         if arguments.json is not None:
             arguments.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
         if arguments.markdown is not None:
             with arguments.markdown.open("a", encoding="utf-8") as document:
-                document.write("\n" + markdown(rows, title(arguments, device), arguments.tokens))
+                document.write("\n" + markdown(rows, title(arguments, device), arguments.tokens, device))
     dist.destroy_process_group()
 
 

@@ -27,8 +27,8 @@ CASES = {
 }
 """The mix: one token in five is guidance, about 8 % of the others are outliers; all metrics (entropies, full KLs)."""
 ERROR_TOKENS = 16
-HEAD_SIZES = 256, 512
-"""Hidden sizes of student and teacher."""
+HEAD_SIZES = {"cpu": (256, 512), "cuda": (4096, 8192)}
+"""Hidden sizes of student and teacher, by device: on a GPU those of an 8B and a 70B model."""
 
 
 @dataclass(frozen=True)
@@ -75,34 +75,38 @@ class Inputs:
 
 def make_inputs(case: str, num_tokens: int, vocab_size: int, device: torch.device) -> Inputs:
     """Two similar models in bf16: sampled tokens are rejected about 8 % of the time. The same numbers at every tp."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     size, rank = dist.get_world_size(), dist.get_rank()
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
     tensors = dict.fromkeys(
         ("student_TV", "teacher_TV", "student_TH", "student_VH", "teacher_TH", "teacher_VH"), torch.empty(0)
     )
     if case == HEAD:
-        width, teacher_width = HEAD_SIZES
-        student_TH = torch.randn(num_tokens, width, generator=generator)
-        student_VH = torch.randn(vocab_size, width, generator=generator) * 2 * width**-0.5
-        noise_TH = torch.randn(num_tokens, teacher_width - width, generator=generator)
-        noise_VH = torch.randn(vocab_size, teacher_width - width, generator=generator)
+        width, teacher_width = HEAD_SIZES[device.type]
+        student_TH = normal(num_tokens, width)
+        student_VH = normal(vocab_size, width) * 2 * width**-0.5
+        noise_TH = normal(num_tokens, teacher_width - width)
+        noise_VH = normal(vocab_size, teacher_width - width)
         tensors["student_TH"], tensors["student_VH"] = student_TH, student_VH.chunk(size)[rank]
         tensors["teacher_TH"] = torch.cat((student_TH, noise_TH), -1)
         teacher_VH = torch.cat((student_VH, noise_VH * 0.2 * (teacher_width - width) ** -0.5), -1)
         tensors["teacher_VH"] = teacher_VH.chunk(size)[rank]
-        tokens_T = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+        tokens_T = torch.randint(0, vocab_size, (num_tokens,), generator=generator, device=device)
     else:
-        student_TV = 2 * torch.randn(num_tokens, vocab_size, generator=generator)
-        teacher_TV = student_TV + 0.2 * torch.randn(num_tokens, vocab_size, generator=generator)
+        student_TV = 2 * normal(num_tokens, vocab_size)
+        teacher_TV = student_TV + 0.2 * normal(num_tokens, vocab_size)
         tokens_T = torch.multinomial(student_TV.softmax(-1), 1, generator=generator)[:, 0]
         tensors["student_TV"], tensors["teacher_TV"] = (x.chunk(size, dim=1)[rank] for x in (student_TV, teacher_TV))
-    regions_T = torch.full((num_tokens,), 2)
+    regions_T = torch.full((num_tokens,), 2, device=device)
     if case == "TrOPD mix":
         regions_T[::5] = 1
-    uniforms_T = torch.rand(num_tokens, generator=generator)
+    uniforms_T = torch.rand(num_tokens, generator=generator, device=device)
     assert dist.group.WORLD is not None
     return Inputs(
-        tokens_T.to(device), regions_T.to(device), uniforms_T.to(device), dist.group.WORLD, vocab_size,
+        tokens_T, regions_T, uniforms_T, dist.group.WORLD, vocab_size,
         **{name: tensor.bfloat16().to(device).contiguous() for name, tensor in tensors.items()},
     )  # fmt: skip
 

@@ -46,7 +46,8 @@ def seconds(implementation: Implementation, inputs: Inputs, objective: Objective
 def _synchronize(inputs: Inputs) -> None:
     if inputs.leaf.is_cuda:
         torch.cuda.synchronize()
-    dist.barrier()
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def peak_bytes(implementation: Implementation, inputs: Inputs, objective: Objective) -> int:
@@ -121,16 +122,15 @@ def count(implementation: Implementation, inputs: Inputs, objective: Objective) 
     return counter.collectives, counter.bytes_moved
 
 
-def copy_bandwidth(device: torch.device, num_bytes: int = 2**30) -> float:
-    """Bytes per second that a copy reads and writes, the limit that kernels are held to; best of ten."""
-    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy on the GPU reads and writes, the limit that kernels are held to; best of ten."""
+    source = torch.empty(2**32, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), 0.0
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(10):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start.record()
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, num_bytes / (time.perf_counter() - start))
+        end.record()
+        end.synchronize()
+        best = max(best, 2 * source.numel() / (1e-3 * start.elapsed_time(end)))
     return best

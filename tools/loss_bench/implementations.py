@@ -28,6 +28,7 @@ from megatron_tropd.vocab_parallel import OutputHead, distillation_loss, fused_h
 
 LossFunction = Callable[[Inputs, Objective], torch.Tensor]
 MODELOPT, LIGER, TRL = "modelopt.torch.distill.plugins.megatron", "liger_kernel.ops", "trl.kernels.chunked_divergence"
+PRODUCTS = "the heads' matrix products alone"
 EVERY_LOGITS_CASE = tuple(case for case in CASES if case != HEAD)
 
 
@@ -48,6 +49,10 @@ class Implementation:
     """Of our passes."""
     opaque: bool = False
     """Compiled: what its loops move cannot be counted from outside."""
+    compiled: bool = False
+    """Under torch.compile, in part or whole."""
+    is_loss: bool = True
+    """False: only part of the work, for comparison; there is no gradient to judge."""
     objectives: dict[str, Objective] = field(default_factory=dict)
     """Where its definition is another variant of the case's objective: its gradient is held to that one."""
 
@@ -208,13 +213,34 @@ def naive(inputs: Inputs, objective: Objective) -> torch.Tensor:
     return loss + 0 * metrics.sum(0)
 
 
+class _Products(torch.autograd.Function):
+    """The student's logits stand for their own gradient, which has their shape and dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, student_TH: torch.Tensor, student_VH: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        student_TV = student_TH @ student_VH.T
+        torch.mm(inputs.teacher_TH, inputs.teacher_VH.T)
+        ctx.save_for_backward(student_TH, student_VH, student_TV)
+        return student_TH.new_zeros(student_TH.shape[0], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        student_TH, student_VH, student_TV = ctx.saved_tensors
+        return student_TV @ student_VH, student_TV.T @ student_TH, None
+
+
+def products(inputs: Inputs, objective: Objective) -> torch.Tensor:
+    """The four matrix products that both output layers cannot do without, each as a whole, and no loss."""
+    return _Products.apply(inputs.student_TH, inputs.student_VH, inputs)
+
+
 def implementations(device: torch.device) -> list[Implementation]:
     """Ours first, in the form that other times are relative to."""
     renormalized = {"top-k FKL": preset("fkl", renormalize="both")}
     forms = [("ours", "triton" if device.type == "cuda" else "torch"), ("ours, compiled", "compile")]
     found = []
     for name, backend in forms:
-        made: dict[str, Any] = {"ours": True, "backend": backend}
+        made: dict[str, Any] = {"ours": True, "backend": backend, "compiled": backend == "compile"}
         found += [
             Implementation(name, EVERY_LOGITS_CASE, ours, **made),
             Implementation(name, (HEAD,), ours_fused, **made),
@@ -251,6 +277,7 @@ def implementations(device: torch.device) -> list[Implementation]:
         ),
         Implementation("dense", EVERY_LOGITS_CASE, naive, sharded=False),
         Implementation("dense", (HEAD,), partial(from_whole_logits, naive), sharded=False),
-        Implementation("dense, compiled", EVERY_LOGITS_CASE, compiled, sharded=False, opaque=True),
-        Implementation("dense, compiled", (HEAD,), compiled_head, sharded=False, opaque=True),
+        Implementation("dense, compiled", EVERY_LOGITS_CASE, compiled, sharded=False, opaque=True, compiled=True),
+        Implementation("dense, compiled", (HEAD,), compiled_head, sharded=False, opaque=True, compiled=True),
+        Implementation(PRODUCTS, (HEAD,), products, is_loss=False),
     ]  # fmt: skip
