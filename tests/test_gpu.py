@@ -22,7 +22,8 @@ from tests.test_run import data as data  # the fixture
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ON_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+_PATHS = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+ON_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(_PATHS)}
 TILED = (8380, 8400, 8448)
 """(shared ids, student's padded vocabulary, teacher's): several tiles of a row."""
 
