@@ -316,13 +316,15 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 
 def test_recommended_chunk_size() -> None:
-    # A quarter of few tokens; for many, what hides 8 B per weight behind the products: less with a wide teacher.
-    assert recommended_chunk_size(100, 1024, 2048) == 256
-    assert recommended_chunk_size(4096, 1024, 2048) == 1024
-    assert recommended_chunk_size(32768, 1024, 2048) == 1024
-    assert recommended_chunk_size(32768, 2048) == 1536
-    assert recommended_chunk_size(32768, 1024, 8192) == 512
-    assert recommended_chunk_size(4096, 1024, 2048, fp32_logits=True) == 512
+    # A quarter of few tokens; for many, what hides 8 B per weight and the launches behind the products: less with a wide
+    # teacher.
+    assert recommended_chunk_size(100, 151936, 1024, 2048) == 256
+    assert recommended_chunk_size(4096, 151936, 1024, 2048) == 1024
+    assert recommended_chunk_size(32768, 151936, 1024, 2048) == 2048
+    assert recommended_chunk_size(32768, 151936, 2048) == 1536
+    assert recommended_chunk_size(32768, 18992, 4096, 8192) == 3840  # a narrow shard: products of 3e12 FLOP
+    assert recommended_chunk_size(32768, 151936, 1024, 8192) == 768
+    assert recommended_chunk_size(4096, 151936, 1024, 2048, fp32_logits=True) == 512
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -249,7 +249,7 @@ def _head_bytes(config: Config, tensor: int, element: int) -> tuple[int, int]:
     if training.output_head == "logits":
         return rows, tokens * element * (shard + teacher_shard)
     chunk = training.head_chunk_size or recommended_chunk_size(
-        tokens, student.hidden_size, teacher_hidden, fp32_logits=training.fp32_logits
+        tokens, shard, student.hidden_size, teacher_hidden, fp32_logits=training.fp32_logits
     )
     logits = min(chunk, tokens) * (shard + teacher_shard) * (4 if training.fp32_logits else element)
     gradient = shard * student.hidden_size * 4 if training.output_head == "fused" else 0

@@ -91,7 +91,8 @@ def fused_head_loss(
             full_statistics=full_statistics,
         )
     if chunk_size is None:
-        sizes = student.hidden_NH.shape[1], 0 if teacher is None else teacher.hidden_NH.shape[1]
+        num_ids, width = student.weight_VH.shape
+        sizes = num_ids, width, 0 if teacher is None else teacher.hidden_NH.shape[1]
         chunk_size = recommended_chunk_size(tokens_N.shape[0], *sizes, fp32_logits=fp32_logits)
     every_N = torch.arange(tokens_N.shape[0], device=tokens_N.device)
     tokens = Tokens(every_N, tokens_N.long(), regions_N, uniforms_N, advantages_N, engine_log_probs_N)

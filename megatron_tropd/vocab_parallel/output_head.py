@@ -17,6 +17,9 @@ _WEIGHT_ROWS_CUDA, _WEIGHT_ROWS_CPU = 8192, 1024
 # (790 TFLOP/s, 4.3 TB/s) these tokens, divided by 4 + the ratio of the widths, keep it at 12 % of the products.
 _CHUNK_TOKENS = 6144
 _CHUNK_GRANULE = 256
+# Launching a chunk's kernels takes a GPU's host one to three milliseconds. Products of these FLOP keep the GPU busy for
+# four (at 790 TFLOP/s), so that it does not wait.
+_CHUNK_FLOP = 3e12
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,18 @@ class OutputHead:
 
 
 def recommended_chunk_size(
-    num_tokens: int, student_hidden_size: int, teacher_hidden_size: int = 0, *, fp32_logits: bool = False
+    num_tokens: int, num_ids: int, student_hidden_size: int, teacher_hidden_size: int = 0, *, fp32_logits: bool = False
 ) -> int:
-    """Tokens per chunk: enough to hide the weight gradient's additions behind the products, at most a quarter of all.
+    """Tokens per chunk: enough to hide the weight gradient's additions, and the host's launches, behind the products;
+    at most a quarter of all.
 
-    A chunk holds both models' logits, so a quarter of the tokens keeps the peak at half of one logits matrix; from
-    there on it falls with the number of tokens. Logits in fp32 are twice as large: an eighth.
+    ``num_ids`` are the rows of the student's weight on this rank. A chunk holds both models' logits, so a quarter of
+    the tokens keeps the peak at half of one logits matrix; from there on it falls with the number of tokens. Logits in
+    fp32 are twice as large: an eighth.
     """
     by_cost = _CHUNK_TOKENS / (4 + teacher_hidden_size / student_hidden_size)
-    tokens = min(by_cost, num_tokens / (8 if fp32_logits else 4))
+    by_launch = _CHUNK_FLOP / (num_ids * (6 * student_hidden_size + 2 * teacher_hidden_size))
+    tokens = min(max(by_cost, by_launch), num_tokens / (8 if fp32_logits else 4))
     return max(_CHUNK_GRANULE, round(tokens / _CHUNK_GRANULE) * _CHUNK_GRANULE)
 
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 # A chunk's temporaries stay below this many bytes per element of the whole shard (the bar for the peak is 0.25).
 _WORK_BYTES_PER_ELEMENT = 0.15
-# A chunk is never cut below this many elements (small shards: fewer launches), nor grows above that many (cache).
+# A chunk is never cut below this many elements (small shards: fewer launches), nor grows above that many (cache; on a
+# GPU there is none to stay in).
 _MIN_CHUNK_ELEMENTS = 2**15
-_MAX_CHUNK_ELEMENTS = 2**20
+_MAX_CHUNK_ELEMENTS, _MAX_CHUNK_ELEMENTS_CUDA = 2**20, 2**28
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
@@ -65,7 +66,8 @@ def chunks(rows_N: torch.Tensor, logits_TV: torch.Tensor, bytes_per_element: int
     """Cut ascending ``rows_N`` so that ``bytes_per_element`` of temporaries per element meet the memory bar."""
     num_tokens, width = logits_TV.shape
     size = max(int(num_tokens * _WORK_BYTES_PER_ELEMENT / bytes_per_element), _MIN_CHUNK_ELEMENTS // width)
-    size = max(min(size, _MAX_CHUNK_ELEMENTS // width), 1)
+    most = _MAX_CHUNK_ELEMENTS_CUDA if logits_TV.is_cuda else _MAX_CHUNK_ELEMENTS
+    size = max(min(size, most // width), 1)
     num_rows = rows_N.shape[0]
     # On a GPU the host would have to wait for the rows: it gathers them instead.
     rows = None if rows_N.is_cuda else rows_N.tolist()

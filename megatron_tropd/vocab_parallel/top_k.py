@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.vocab_parallel.shards import TeacherColumns, chunks, columns_of, gather
+from megatron_tropd.kernels.backend import chosen_backend
+from megatron_tropd.vocab_parallel.shards import Chunk, TeacherColumns, chunks, columns_of, gather, group_size
 
 _LOW = 0xFFFFFFFF
 _NO_KEY = torch.iinfo(torch.int64).min
-# The merge unpacks every rank's candidates: a few rows at a time keeps that small beside what was gathered.
-_MERGE_ROWS = 256
+# The merge unpacks every rank's candidates: a few rows at a time keeps that small beside what was gathered. On a GPU,
+# whose host has to launch each piece, larger ones.
+_MERGE_ROWS, _MERGE_ROWS_CUDA = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,16 @@ def global_top_k(
     ``held`` are the ids of the student's shard and ``teacher`` is aligned to it for exactly ``rows_O``. ``top_k`` must
     not exceed the ids of all ranks together; one rank may hold fewer.
     """
-    candidates_PO = gather(_candidate_words(student_logits_TV, teacher, rows_O, held, top_k), group)
-    pieces = [_merge(piece_PO, top_k) for piece_PO in candidates_PO.split(_MERGE_ROWS, dim=1)]
-    keys_OK, student_OK = (torch.cat(parts) for parts in zip(*pieces, strict=False))
-    return TopK(_ids(keys_OK).int(), _values(keys_OK), student_OK)
-
-
-def _candidate_words(
-    student_logits_TV: torch.Tensor, teacher: TeacherColumns, rows_O: torch.Tensor, held: range, top_k: int
-) -> torch.Tensor:
-    """This rank's candidates as one int32 tensor ``[O, 3 K]``: keys (two words each), then the student's logits."""
     keys_OK = local_top_k(teacher, student_logits_TV, rows_O, held, top_k)
     columns_OK, owned_OK = columns_of(_ids(keys_OK), held)
     student_OK = student_logits_TV[rows_O[:, None], columns_OK].float().where(owned_OK, 0)
-    return torch.cat((keys_OK.view(torch.int32), student_OK.view(torch.int32)), -1)
+    if group_size(group) > 1:
+        # One int32 tensor [O, 3 K]: keys (two words each), then the student's logits.
+        candidates_PO = gather(torch.cat((keys_OK.view(torch.int32), student_OK.view(torch.int32)), -1), group)
+        size = _MERGE_ROWS_CUDA if candidates_PO.is_cuda else _MERGE_ROWS
+        pieces = [_merge(piece_PO, top_k) for piece_PO in candidates_PO.split(size, dim=1)]
+        keys_OK, student_OK = (torch.cat(parts) for parts in zip(*pieces, strict=False))
+    return TopK(_ids(keys_OK).int(), _values(keys_OK), student_OK)
 
 
 def _merge(candidates_PO: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,10 +81,45 @@ def local_top_k(
     """
     keys_OK = torch.full((rows_O.shape[0], top_k), _NO_KEY, dtype=torch.int64, device=rows_O.device)
     count = min(top_k, len(held))
-    if count:
-        for chunk in chunks(rows_O, logits_TV, bytes_per_element=8):
-            keys_OK[chunk.span, :count] = _best_keys(teacher.read(chunk), held.start, count)
+    if not count:
+        return keys_OK
+    if chosen_backend(logits_TV) == "triton":
+        # Temporaries are those of blocks, of 16 columns or more: a byte for each logit or less.
+        for chunk in chunks(rows_O, logits_TV, bytes_per_element=1):
+            keys_OK[chunk.span, :count] = _best_keys_in_place(teacher, chunk, rows_O[chunk.span], held.start, count)
+        return keys_OK
+    for chunk in chunks(rows_O, logits_TV, bytes_per_element=8):
+        keys_OK[chunk.span, :count] = _best_keys(teacher.read(chunk), held.start, count)
     return keys_OK
+
+
+def _best_keys_in_place(
+    teacher: TeacherColumns, chunk: Chunk, rows_C: torch.Tensor, first_id: int, count: int
+) -> torch.Tensor:
+    """`_best_keys` without a copy of the teacher's logits: peaks of blocks by a kernel, then entries one by one.
+
+    Received columns and those beside whole blocks are few: all of them are candidates.
+    """
+    from megatron_tropd.kernels.block_peaks import block_peaks  # imports Triton
+
+    to, source, num_columns = teacher.own
+    own_TV, first_own = teacher.logits_TV[:, source : source + num_columns], first_id + to
+    width = _block_width(max(num_columns, 1), count)
+    num_blocks = num_columns // width
+    parts, done = [], 0
+    if num_blocks > count:
+        done = num_blocks * width
+        peaks_CB = _keys(block_peaks(own_TV, rows_C, num_blocks, width), _positions(num_blocks, rows_C))
+        chosen_CK1 = _ids(peaks_CB.topk(count, dim=-1, sorted=False).values)[..., None]
+        columns_CM = (chosen_CK1 * width + _positions(width, rows_C)).flatten(1)
+        parts.append(_keys(own_TV[rows_C[:, None], columns_CM].float(), columns_CM + first_own))
+    if done < num_columns:
+        columns = _positions(num_columns - done, rows_C) + done
+        parts.append(_keys(own_TV[rows_C[:, None], columns].float(), columns + first_own))
+    for start, sliver_NV in teacher.slivers:
+        ids = _positions(sliver_NV.shape[1], rows_C) + (first_id + start)
+        parts.append(_keys(sliver_NV[chunk.span].float(), ids))
+    return torch.cat(parts, -1).topk(count, dim=-1).values
 
 
 def _best_keys(logits_CV: torch.Tensor, first_id: int, count: int) -> torch.Tensor:
