@@ -136,7 +136,7 @@ def build_transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron checks it against variable_seq_lengths, experts or not
         gradient_accumulation_fusion=False,
-        masked_softmax_fusion=not ON_CPU,
+        masked_softmax_fusion=use_transformer_engine(),  # its kernels come with TE's containers
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
