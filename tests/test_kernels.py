@@ -28,6 +28,7 @@ from megatron_tropd.vocab_parallel import OutputHead, divergences, fused_head_lo
 from megatron_tropd.vocab_parallel.divergences import Divergence
 from megatron_tropd.vocab_parallel.gradient import RowIds, StudentTerms
 from megatron_tropd.vocab_parallel.shards import TeacherColumns
+from megatron_tropd.vocab_parallel.top_k import _best_keys, local_top_k
 
 INTERPRETED_BF16 = 8e-3
 FP32 = 3e-6
@@ -143,6 +144,22 @@ def check_pieces(kernels: Any) -> float:
         gradients = [run_gradient(kernels, pair, terms, False, torch.float32) for terms in (whole, cut)]
         assert torch.equal(*gradients), kind
     return worst
+
+
+def check_best_keys(kernels: Any) -> float:
+    """The top-k from peaks of blocks is that of whole rows, with ties, with a teacher in three pieces or one."""
+    generator = torch.Generator().manual_seed(0)
+    for width, top_k in ((3000, 7), (3000, 64), (103, 64), (50, 64)):
+        logits = ((torch.randn(4, width, generator=generator) * 4).round() / 4).bfloat16()
+        held, count = range(FIRST_ID, FIRST_ID + width), min(top_k, width)
+        wanted = _best_keys(logits[ROWS].float(), FIRST_ID, count)
+        slivers = ((0, logits[ROWS, :7].clone()), (width - 10, logits[ROWS, width - 10 :].clone()))
+        for teacher in (
+            TeacherColumns(logits, (0, 0, width), (), width),
+            TeacherColumns(logits[:, 7:], (7, 0, width - 17), slivers, width),
+        ):
+            assert torch.equal(local_top_k(teacher, logits, ROWS, held, top_k)[:, :count], wanted), (width, top_k)
+    return check_pieces(kernels)
 
 
 def check_mixture(kernels: Any) -> float:
@@ -359,7 +376,7 @@ def run_all() -> dict[str, Any]:
     rank = dist.get_rank()
     if rank == 0:
         check_that_the_host_never_waits()
-    single = [check_statistics, check_gradient, check_mixture, check_pieces][rank](KernelPasses(triton_kernels))
+    single = [check_statistics, check_gradient, check_mixture, check_best_keys][rank](KernelPasses(triton_kernels))
     if rank == 3:
         check_edges()
     return {"single": single, "loss": check_loss()}

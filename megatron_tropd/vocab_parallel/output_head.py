@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Vocabulary rows of the fp32 weight gradient that grow at a time, so that what a product needs beside it stays small:
-# on CUDA the product itself in fp32, on the CPU a copy of the gradient in fp32.
-_WEIGHT_ROWS_CUDA, _WEIGHT_ROWS_CPU = 8192, 1024
+# Vocabulary rows of the fp32 weight gradient that grow at a time on the CPU, so that the copy of the logits' gradient in
+# fp32 that a product needs there stays small.
+_WEIGHT_ROWS_CPU = 1024
 # A chunk adds its weight gradient to an fp32 buffer: 8 bytes per weight, against 2 x 4 FLOP of the student's products
 # and 2 x (teacher width / student width) of the teacher's per weight and token. At the 184 FLOP per byte of an H200
 # (790 TFLOP/s, 4.3 TB/s) these tokens, divided by 4 + the ratio of the widths, keep it at 12 % of the products.
@@ -76,16 +76,16 @@ class WeightGradient:
 
     def add(self, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
         """One chunk's part."""
-        step = _WEIGHT_ROWS_CUDA if gradient_CV.is_cuda else _WEIGHT_ROWS_CPU
-        for start in range(0, gradient_CV.shape[1], step):
-            rows = slice(start, start + step)
-            part_CV, total_VH = gradient_CV[:, rows], self._total_VH[rows]
-            if part_CV.dtype == torch.float32:
-                total_VH.addmm_(part_CV.T, hidden_CH)
-            elif part_CV.is_cuda:
-                total_VH.add_(torch.mm(part_CV.T, hidden_CH, out_dtype=torch.float32))
-            else:
-                total_VH.addmm_(part_CV.T.float(), hidden_CH.float())
+        if gradient_CV.dtype == torch.float32:
+            self._total_VH.addmm_(gradient_CV.T, hidden_CH)
+            return
+        if gradient_CV.is_cuda:
+            # bf16 factors, an fp32 sum, and no product in between: torch has no other name for it.
+            torch.ops.aten.addmm.dtype_out(self._total_VH, gradient_CV.T, hidden_CH, torch.float32, out=self._total_VH)
+            return
+        for start in range(0, gradient_CV.shape[1], _WEIGHT_ROWS_CPU):
+            rows = slice(start, start + _WEIGHT_ROWS_CPU)
+            self._total_VH[rows].addmm_(gradient_CV[:, rows].T.float(), hidden_CH.float())
 
     def finish(self, scale: torch.Tensor | None = None) -> torch.Tensor:
         """What a backward returns for the weight; ``scale`` (0-dim) multiplies the sum."""
