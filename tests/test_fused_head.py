@@ -316,8 +316,7 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 
 def test_recommended_chunk_size() -> None:
-    # A quarter of few tokens; for many, what hides 8 B per weight and the launches behind the products: less with a wide
-    # teacher.
+    # A quarter of few tokens; for many, what hides launches and 8 B per weight behind the products.
     assert recommended_chunk_size(100, 151936, 1024, 2048) == 256
     assert recommended_chunk_size(4096, 151936, 1024, 2048) == 1024
     assert recommended_chunk_size(32768, 151936, 1024, 2048) == 2048

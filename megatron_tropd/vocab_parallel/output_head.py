@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Vocabulary rows of the fp32 weight gradient that grow at a time on the CPU, so that the copy of the logits' gradient in
-# fp32 that a product needs there stays small.
+# Vocabulary rows of the fp32 weight gradient that grow at a time on the CPU: the fp32 copy of the
+# logits' gradient that a product needs there stays small.
 _WEIGHT_ROWS_CPU = 1024
 # A chunk adds its weight gradient to an fp32 buffer: 8 bytes per weight, against 2 x 4 FLOP of the student's products
 # and 2 x (teacher width / student width) of the teacher's per weight and token. At the 184 FLOP per byte of an H200
