@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_parallel_cases import measure_memory  # type: ignore[import-not-found]
 
@@ -41,6 +42,15 @@ def seconds(implementation: Implementation, inputs: Inputs, objective: Objective
     step(implementation, copy, objective)
     _synchronize(inputs)
     return time.perf_counter() - start
+
+
+def device_seconds(implementation: Implementation, inputs: Inputs, objective: Objective) -> float:
+    """Time that a GPU works on one step, whatever the host takes to launch it."""
+    copy = fresh(inputs)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step(implementation, copy, objective)
+        torch.cuda.synchronize()
+    return 1e-6 * sum(event.self_device_time_total for event in profiler.key_averages())
 
 
 def _synchronize(inputs: Inputs) -> None:
