@@ -18,7 +18,6 @@ def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(
     identical = faults.run_trials(TRIALS, seed=1, folder=tmp_path)
     output = capsys.readouterr().out
     assert identical == TRIALS, output
-    assert output.count(" killed: identical") >= TRIALS - 1, output
     assert all(f" {phase} " in output for phase in faults.PHASES)
     record_property("trials", ("killed runs restarted, each identical to the undisturbed one", identical))
 

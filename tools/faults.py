@@ -95,8 +95,10 @@ def write_config(folder: Path, inputs: Path, layout: str, **training: Any) -> Pa
     return path
 
 
-def start_ranks(target: Callable[..., None], *arguments: Any) -> list[int]:
-    """Run ``target`` on two ranks; the first that ends badly ends the other, as torchrun does. Returns exit codes.
+def start_ranks(target: Callable[..., None], *arguments: Any, timeout: float = START_SECONDS) -> list[int | None]:
+    """Run ``target`` on two ranks; the first that ends badly ends the other, as torchrun does.
+
+    Returns exit codes: None for a rank that this function had to end.
 
     Ranks are forked from a server that has imported Megatron once.
     """
@@ -114,14 +116,15 @@ def start_ranks(target: Callable[..., None], *arguments: Any) -> list[int]:
     try:
         waiting = {rank.sentinel: rank for rank in ranks}
         while waiting:
-            ended = multiprocessing.connection.wait(list(waiting), START_SECONDS)
+            ended = multiprocessing.connection.wait(list(waiting), timeout)
             if not ended or any(waiting.pop(sentinel).exitcode for sentinel in ended if isinstance(sentinel, int)):
                 break
+        codes = [process.exitcode for process in ranks]
     finally:
         for process in ranks:
             process.kill()
             process.join()
-    return [process.exitcode or 0 for process in ranks]
+    return codes
 
 
 def _rank_main(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -145,13 +148,15 @@ def train(config: str, fault: Fault | None) -> None:
     from megatron_tropd.config_parser import load_config
     from megatron_tropd.trainer import train
 
-    if fault is not None and fault.rank == int(os.environ["RANK"]):
-        _arm(fault)
+    armed = fault is not None and fault.rank == int(os.environ["RANK"])
+    timers = _arm(fault) if fault is not None and armed else []
     train(load_config(config))
+    for timer in timers:  # a run that was faster than the delay of its last save: the rank dies all the same
+        timer.join()
 
 
-def _arm(fault: Fault) -> None:
-    """Start the timer where the fault's phase begins for the (step + 1)-th time."""
+def _arm(fault: Fault) -> list[threading.Timer]:
+    """Start the timer where the fault's phase begins for the (step + 1)-th time; it is the one in the returned list."""
     from megatron_tropd import pair, run, step, trainer
 
     owner, name = {
@@ -165,16 +170,19 @@ def _arm(fault: Fault) -> None:
     counted = {"save": (fault.step + 1) // SAVE_INTERVAL - 1, "rollout": fault.step, "optimizer": fault.step}
     calls_before = counted.get(fault.phase, fault.step * (8 // 2 // (1 if fault.layout == "tensor" else 2)))
     calls = 0
+    timers: list[threading.Timer] = []
 
     @functools.wraps(original)
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         if calls == calls_before:
-            threading.Timer(fault.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            timers.append(threading.Timer(fault.delay, os.kill, (os.getpid(), signal.SIGKILL)))
+            timers[0].start()
         calls += 1
         return original(*args, **kwargs)
 
     setattr(owner, name, watched)
+    return timers
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
@@ -200,14 +208,17 @@ def read_outcome(folder: Path) -> dict[str, Any]:
     return outcome
 
 
-def run_trials(trials: int, seed: int, folder: Path) -> int:
-    """Print one line a trial; returns how many were identical to the undisturbed run of their layout."""
+def run_trials(trials: int, seed: int, folder: Path, timeout: float = START_SECONDS) -> int:
+    """Print one line a trial; returns how many were killed and ended identical to the undisturbed run of their layout.
+
+    ``timeout``: seconds that one start of the ranks may take.
+    """
     inputs = folder / "inputs"
     write_inputs(inputs)
     expected = {}
     for layout in LAYOUTS[: min(trials, len(LAYOUTS))]:
-        codes = start_ranks(train, str(write_config(folder / layout, inputs, layout)), None)
-        if any(codes):
+        codes = start_ranks(train, str(write_config(folder / layout, inputs, layout)), None, timeout=timeout)
+        if codes != [0, 0]:
             raise SystemExit(
                 f"the undisturbed {layout}-parallel run failed (exit codes {codes}): FAULTS_VERBOSE=1 shows why"
             )
@@ -216,24 +227,22 @@ def run_trials(trials: int, seed: int, folder: Path) -> int:
     for trial in range(trials):
         fault = draw_fault(seed, trial)
         config = write_config(folder / f"trial_{trial}", inputs, fault.layout)
-        first = start_ranks(train, str(config), fault)
-        second = start_ranks(train, str(config), None)
-        differing = (
-            ["the restart failed"]
-            if any(second)
-            else _differing(expected[fault.layout], read_outcome(config.parent / "run"))
-        )
-        identical += not differing
-        verdict = f"DIFFERS in {differing[:3]}" if differing else "identical"
-        killed = "killed" if first[fault.rank] == -signal.SIGKILL else "NOT KILLED"
-        print(
-            f"{trial}: {fault.layout} rank {fault.rank} step {fault.step} {fault.phase} {killed}: {verdict}", flush=True
-        )
+        first = start_ranks(train, str(config), fault, timeout=timeout)
+        second = start_ranks(train, str(config), None, timeout=timeout)
+        verdict = _verdict(first[fault.rank], second, expected[fault.layout], config.parent / "run")
+        identical += verdict == "killed: identical"
+        print(f"{trial}: {fault.layout} rank {fault.rank} step {fault.step} {fault.phase} {verdict}", flush=True)
     return identical
 
 
-def _differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    return [key for key in expected | found if expected.get(key) != found.get(key)]
+def _verdict(first: int | None, second: list[int | None], expected: dict[str, Any], run: Path) -> str:
+    """``first`` is the exit code of the rank to be killed, ``second`` those of the restart."""
+    killed = "killed" if first == -signal.SIGKILL else f"NOT KILLED (exit code {first})"
+    if second != [0, 0]:
+        return f"{killed}: THE RESTART FAILED (exit codes {second})"
+    found = read_outcome(run)
+    differing = [key for key in expected | found if expected.get(key) != found.get(key)]
+    return f"{killed}: " + (f"DIFFERS in {differing[:3]}" if differing else "identical")
 
 
 def main() -> int:
@@ -241,9 +250,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--timeout", type=float, default=START_SECONDS, help="seconds that one start of the ranks may take"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        identical = run_trials(options.trials, options.seed, Path(folder))
+        identical = run_trials(options.trials, options.seed, Path(folder), options.timeout)
     print(f"{options.trials} trials, {identical} identical")
     return int(identical != options.trials)
 
