@@ -1,6 +1,7 @@
 """Start N gloo ranks, run one function on each, and hand back what they returned or how they failed.
 
-Start them once per test file and run many checks inside: a rank costs seconds to import torch (and Megatron).
+On a machine without GPUs ranks are forked from a server that has imported torch and Megatron once for the session. CUDA
+forbids that, so elsewhere each rank takes seconds to import them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -32,8 +35,8 @@ def run_ranks(
     (RANK, WORLD_SIZE, ...) and, unless ``init_process_group`` is off, an initialised gloo world. The first rank that
     raises, dies or takes longer than ``timeout`` seconds ends all of them: AssertionError with every traceback known.
     """
-    context = multiprocessing.get_context("spawn")
-    environment = _environment(world_size)
+    context = _context()
+    environment = dict(os.environ) | _environment(world_size)
     receivers, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -51,6 +54,15 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+@cache
+def _context() -> multiprocessing.context.BaseContext:
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_tropd.trainer", "tests.tiny"])
+    return context
 
 
 def _environment(world_size: int) -> dict[str, str]:
@@ -73,10 +85,9 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     rank, environment, timeout, init_process_group = run
+    # The server's environment is that of its start, and torch was imported before this one was set.
+    os.environ.clear()
     os.environ.update(environment)
-    # torch was imported to unpickle `function`, before the environment was set.
-    import torch
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Megatron's, on every rank: a failure's traceback would drown in them
     faulthandler.dump_traceback_later(max(timeout - 1, 1), exit=False)
