@@ -25,12 +25,11 @@ from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
 from megatron_tropd.optimization import load_optimizer_state
 from megatron_tropd.step import Learner
-from megatron_tropd.writing import BackgroundWriter, on_main, write_state
+from megatron_tropd.writing import BackgroundWriter, on_main, sharded_tensors, write_state
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, is_main_replica
 from megatron.core.models.gpt import GPTModel
 
 logger = logging.getLogger(__name__)
@@ -116,8 +115,8 @@ def _publish(temporary: Path, final: Path, description: Description, keep: int, 
 
 def _global_bytes(state: ShardedStateDict, layout: Layout) -> int:
     """Bytes of all tensors in the checkpoint, each counted where its main replica is."""
-    found = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
-    mine = [entry.data for entry in found if is_main_replica(entry.replica_id) and entry.data is not None]
+    found = [entry for entry in sharded_tensors(state) if is_main_replica(entry.replica_id)]
+    mine = [entry.data for entry in found if entry.data is not None]
     total = torch.tensor(sum(tensor.nbytes for tensor in mine), dtype=torch.int64, device=layout.device)
     dist.all_reduce(total)
     return int(total)

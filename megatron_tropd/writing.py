@@ -9,7 +9,7 @@ import queue
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from megatron_tropd.integrity import CheckpointError
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -35,6 +36,15 @@ def write_state(state: ShardedStateDict, folder: Path) -> None:
     """Write ``state`` (all ranks call this); where a rank cannot, every rank says which, and nothing stays behind."""
     _use_own_results()
     _all_or_none(folder, lambda: dist_checkpointing.save(state, str(folder)))
+
+
+def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
+    """All tensors of ``state``, and the parts of those that are cut up when they are written (gated layers' halves)."""
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensorFactory):
+            yield from (part for part in nested_values(entry.build()) if isinstance(part, ShardedTensor))
+        elif isinstance(entry, ShardedTensor):
+            yield entry
 
 
 def on_main(action: Callable[[], None], is_main: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def _description(step: int) -> Any:
     return Description(step, 1, tiny.VOCAB_SIZE, "tokenizer", architecture(tiny.STUDENT))
 
 
-def _two_steps_save_and_a_third(folder: str) -> float:
+def _two_steps_save_and_a_third(folder: str) -> tuple[float, int]:
+    """The loss after two more steps, and how many bytes a save expected to write."""
+    from megatron_tropd import checkpoint
     from megatron_tropd.checkpoint import save_checkpoint
     from megatron_tropd.step import train_step
     from tests import tiny
@@ -32,8 +35,9 @@ def _two_steps_save_and_a_third(folder: str) -> float:
     for step in (1, 2):
         train_step(learner, batch)
         save_checkpoint(Path(folder), learner, _description(step), keep=1)
+    num_bytes = checkpoint._global_bytes(checkpoint._training_state(learner, is_loading=False), layout)
     train_step(learner, batch)
-    return train_step(learner, batch)["loss"]
+    return train_step(learner, batch)["loss"], num_bytes
 
 
 def _load_and_take_two_steps(folder: str, world_size: int) -> list[float]:
@@ -53,24 +57,51 @@ def _load_and_take_two_steps(folder: str, world_size: int) -> list[float]:
     return losses
 
 
+@dataclass(frozen=True)
+class Saved:
+    folder: Path
+    loss: float
+    num_bytes: int
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("checkpoints")
-    losses = run_ranks(2, _two_steps_save_and_a_third, str(folder))
-    return folder, losses[0]
+    (found, _) = run_ranks(2, _two_steps_save_and_a_third, str(folder))
+    return Saved(folder, *found)
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_weights_and_optimizer_continue_in_another_layout(saved: tuple[Path, float], world_size: int) -> None:
+def _check_losses(saved: Saved, found: list[list[float]]) -> None:
     """The second step after loading depends on the optimizer's moments and step count, not on the weights alone."""
-    folder, expected = saved
-    for losses in run_ranks(world_size, _load_and_take_two_steps, str(folder), world_size):
-        assert losses == pytest.approx([expected] * len(losses), rel=1e-5)
+    for losses in found:
+        assert losses == pytest.approx([saved.loss] * len(losses), rel=1e-5)
 
 
-def test_old_checkpoints_are_pruned_and_nothing_temporary_stays(saved: tuple[Path, float]) -> None:
-    folder, _ = saved
-    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2"]
+def test_weights_and_optimizer_continue_on_four_ranks(saved: Saved) -> None:
+    _check_losses(saved, run_ranks(4, _load_and_take_two_steps, str(saved.folder), 4))
+
+
+def _on_one_rank(folder: str) -> tuple[list[float], tuple[float, float]]:
+    return _load_and_take_two_steps(folder, 1), _resume_with_another_learning_rate(folder)
+
+
+def test_one_rank_continues_and_takes_its_learning_rate_from_the_config(saved: Saved) -> None:
+    ((losses, rates),) = run_ranks(1, _on_one_rank, str(saved.folder))
+    _check_losses(saved, [losses])
+    assert rates == (0.003, 0.5)
+
+
+def test_the_space_that_a_save_asks_for_is_that_of_its_tensors(saved: Saved) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = FileSystemReader(saved.folder / "step_2").read_metadata().state_dict_metadata.values()
+    tensors = [entry for entry in entries if isinstance(entry, TensorStorageMetadata)]
+    assert saved.num_bytes == sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+
+
+def test_old_checkpoints_are_pruned_and_nothing_temporary_stays(saved: Saved) -> None:
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["latest", "step_2"]
 
 
 # ---------------------------------------------------------------------------------------- damage, found before loading
@@ -97,14 +128,17 @@ def _damage(step: Path, kind: str) -> str:
     return "could run code"
 
 
-@pytest.fixture
-def two_steps(saved: tuple[Path, float], tmp_path: Path) -> Path:
+def _make_two_steps(saved: Saved, folder: Path) -> Path:
     """A folder with step_2 and, named by `latest`, the same as step_4."""
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved[0], folder)
+    shutil.copytree(saved.folder, folder)
     shutil.copytree(folder / "step_2", folder / "step_4")
     (folder / "latest").write_text("step_4")
     return folder
+
+
+@pytest.fixture
+def two_steps(saved: Saved, tmp_path: Path) -> Path:
+    return _make_two_steps(saved, tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("kind", ["truncated shard", "flipped byte", "missing shard", "no manifest", "pickle"])
@@ -165,22 +199,6 @@ def _what_goes_wrong(folder: str, damaged: str) -> list[str]:
     return messages
 
 
-def test_what_goes_wrong_on_one_rank_is_an_error_on_every_rank_and_the_next_save_works(
-    two_steps: Path, tmp_path: Path
-) -> None:
-    damaged = tmp_path / "step_4"
-    shutil.copytree(two_steps / "step_4", damaged)
-    _damage(damaged, "flipped byte")
-    found = run_ranks(2, _what_goes_wrong, str(two_steps), str(damaged))
-    for load, space, write, after in found:
-        assert "its SHA-256 is not the manifest's" in load and "training.fall_back=true" in load
-        assert "a checkpoint needs" in space and "0.0 MiB free" in space
-        assert "step_8.incomplete could not be written (rank 1: " in write and "older checkpoints are intact" in write
-        assert after == "no error"
-    assert sorted(path.name for path in two_steps.iterdir()) == ["latest", "step_10"]
-    assert (two_steps / "latest").read_text() == "step_10"
-
-
 def _without_permission(folder: str) -> list[str]:
     """What reading and writing checkpoints in a folder that its user may not enter says."""
     import os
@@ -208,14 +226,31 @@ def _without_permission(folder: str) -> list[str]:
     return messages
 
 
-def test_a_folder_without_permission_is_an_error_on_every_rank(two_steps: Path) -> None:
-    two_steps.chmod(0)
+def _on_two_ranks(whole: str, broken: str, damaged: str, forbidden: str) -> tuple[list[float], list[str], list[str]]:
+    losses = _load_and_take_two_steps(whole, 2)
+    return losses, _what_goes_wrong(broken, damaged), _without_permission(forbidden)
+
+
+def test_two_ranks_continue_and_what_goes_wrong_on_one_is_an_error_on_both(saved: Saved, tmp_path: Path) -> None:
+    broken, forbidden = (_make_two_steps(saved, tmp_path / name) for name in ("broken", "forbidden"))
+    damaged = tmp_path / "step_4"
+    shutil.copytree(broken / "step_4", damaged)
+    _damage(damaged, "flipped byte")
+    forbidden.chmod(0)
     try:
-        for *read, write in run_ranks(2, _without_permission, str(two_steps)):
-            assert all("Permission denied" in text for text in read), read
-            assert "step_6.incomplete cannot be made (Permission denied)" in write
+        found = run_ranks(2, _on_two_ranks, str(saved.folder), str(broken), str(damaged), str(forbidden))
     finally:
-        two_steps.chmod(0o700)
+        forbidden.chmod(0o700)
+    _check_losses(saved, [losses for losses, _, _ in found])
+    for _, (load, space, write, after), (*read, make) in found:
+        assert "its SHA-256 is not the manifest's" in load and "training.fall_back=true" in load
+        assert "a checkpoint needs" in space and "0.0 MiB free" in space
+        assert "step_8.incomplete could not be written (rank 1: " in write and "older checkpoints are intact" in write
+        assert after == "no error"
+        assert all("Permission denied" in text for text in read), read
+        assert "step_6.incomplete cannot be made (Permission denied)" in make
+    assert sorted(path.name for path in broken.iterdir()) == ["latest", "step_10"]
+    assert (broken / "latest").read_text() == "step_10"
 
 
 def test_a_pointer_to_something_incomplete_and_a_damaged_description_are_refused(tmp_path: Path) -> None:
@@ -263,8 +298,3 @@ def _resume_with_another_learning_rate(folder: str) -> tuple[float, float]:
     load_checkpoint(path, learner, _description(0))
     metrics = train_step(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=1))
     return metrics["learning_rate"], max(group["weight_decay"] for group in learner.optimizer.param_groups)
-
-
-def test_a_resumed_run_takes_its_learning_rate_from_the_config(saved: tuple[Path, float]) -> None:
-    folder, _ = saved
-    assert run_ranks(1, _resume_with_another_learning_rate, str(folder)) == [(0.003, 0.5)]
