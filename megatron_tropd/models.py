@@ -156,27 +156,38 @@ def initialize_weights(model: GPTModel, layout: Layout, *, vocab_size: int, std:
     """
     config = model.config
     for own_name, parameter in model.named_parameters():
-        name = global_expert_name(expert_name(own_name), layout.first_expert(config.num_moe_experts))
+        name = global_name(model, layout, own_name)
         if parameter.dim() == 1:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         scale = std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             scale = std / math.sqrt(2.0 * config.num_layers)
-        whole = _draw_whole(_global_name(model, name), parameter, layout, vocab_size=vocab_size, seed=seed)
-        glu = config.gated_linear_unit and name.endswith("linear_fc1.weight")
-        shard = _shard(whole * scale, parameter, layout, num_blocks=2 if glu else 1)
-        parameter.data.copy_(shard)
+        whole = _draw_whole(name, parameter, layout, vocab_size=vocab_size, seed=seed)
+        parameter.data.copy_(_shard(whole * scale, layout, *tensor_cut(model, name, parameter)))
 
 
-def _global_name(model: GPTModel, name: str) -> str:
-    """The parameter's name with the layer counted over the whole model; tied output weights share the embedding's."""
+def global_name(model: GPTModel, layout: Layout, own_name: str) -> str:
+    """A parameter's name in the whole model, the same in every layout.
+
+    Layers are counted over pipeline stages, experts over ranks; tied output weights share the embedding's name.
+    """
+    name = global_expert_name(expert_name(own_name), layout.first_expert(model.config.num_moe_experts))
     if match := re.search(r"decoder\.layers\.(\d+)\.", name):
         layer = model.decoder.layers[int(match.group(1))].layer_number - 1
         return name.replace(match.group(0), f"decoder.layers.{layer}.")
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     return name
+
+
+def tensor_cut(model: GPTModel, name: str, parameter: torch.Tensor) -> tuple[int | None, int]:
+    """How tensor-parallel ranks share a parameter of this ``global_name``: (dimension, blocks).
+
+    None: every rank has the whole. A gated projection is two blocks (gate, up), each cut on its own.
+    """
+    glu = model.config.gated_linear_unit and name.endswith("linear_fc1.weight")
+    return _partition_dim(parameter), 2 if glu else 1
 
 
 def _draw_whole(
@@ -193,9 +204,8 @@ def _draw_whole(
     return torch.cat([rows, rows.new_zeros(shape[0] - vocab_size, *shape[1:])])
 
 
-def _shard(whole: torch.Tensor, parameter: torch.Tensor, layout: Layout, *, num_blocks: int) -> torch.Tensor:
-    """This rank's part; a gated projection is two blocks (gate, up), each cut on its own."""
-    dim = _partition_dim(parameter)
+def _shard(whole: torch.Tensor, layout: Layout, dim: int | None, num_blocks: int) -> torch.Tensor:
+    """This rank's part of a parameter with that ``tensor_cut``."""
     if dim is None:
         return whole
     size, rank = layout.tensor_parallel_size, layout.tensor_parallel_rank

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tropd.distributed import Layout
 
-_CHUNK = 2**22
+HASH_CHUNK = 2**22
 _ODD = tuple(constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,16 +30,24 @@ def fingerprint(module: torch.nn.Module) -> torch.Tensor:
 
 
 def _hash(tensor: torch.Tensor) -> torch.Tensor:
-    bits = tensor.contiguous().view(-1).view(_BITS[tensor.element_size()])
+    elements = tensor.contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].long()
-        place = torch.arange(start, start + chunk.numel(), device=tensor.device)
-        mixed = chunk + (place + 1) * _ODD[0]
-        mixed = (mixed ^ (mixed >> 30)) * _ODD[1]
-        mixed = (mixed ^ (mixed >> 27)) * _ODD[2]
-        total += (mixed ^ (mixed >> 31)).sum()
+    for start in range(0, elements.numel(), HASH_CHUNK):
+        chunk = elements[start : start + HASH_CHUNK]
+        total += hash_elements(chunk, torch.arange(start, start + chunk.numel(), device=tensor.device))
     return total
+
+
+def hash_elements(elements: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """int64 scalar: the sum over ``elements`` (contiguous) of a mix of each one's bits and its place, of equal shape.
+
+    Sums of parts are the sum of the whole, wherever the cuts are. Needs scratch of some 8 bytes a time an element: take
+    ``HASH_CHUNK`` of them at once.
+    """
+    mixed = elements.view(_BITS[elements.element_size()]).long() + (places + 1) * _ODD[0]
+    mixed = (mixed ^ (mixed >> 30)) * _ODD[1]
+    mixed = (mixed ^ (mixed >> 27)) * _ODD[2]
+    return (mixed ^ (mixed >> 31)).sum()
 
 
 class ReplicaCheck:

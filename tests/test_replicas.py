@@ -35,7 +35,7 @@ def test_the_hash_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPat
 
     module = torch.nn.Linear(50, 7)
     whole = replicas.fingerprint(module)
-    monkeypatch.setattr(replicas, "_CHUNK", 16)
+    monkeypatch.setattr(replicas, "HASH_CHUNK", 16)
     assert torch.equal(replicas.fingerprint(module), whole)
 
 

@@ -1,0 +1,242 @@
+"""An inference copy of the student in a layout of its own, whose weights follow the trainer's.
+
+Pipeline stages slow decoding down, and experts spread over ranks or interleaved stages cannot decode at all. The copy is
+cut by tensor parallelism alone, over the same ranks; whenever the trainer's weights have moved, `megatron.core.resharding`
+moves them over: each rank sends the slices that others' shards of the copy are made of, point to point.
+
+Megatron plans and executes the transfers. The description of every tensor that it plans from is ours: its own finds
+neither the experts of the local layer spec, which it does not number over ranks, nor the second and further chunks of
+interleaved stages, and takes the gate and up projections of grouped experts for one block.
+
+Shape suffixes: ``P`` tensors of a rank, ``R`` rows and ``C`` columns of one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd import replicas
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.distributed import Layout, active, another_layout, message_group
+from megatron_tropd.models import build_model, global_name, tensor_cut
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.resharding.copy_services import NCCLCopyService
+from megatron.core.resharding.execution import execute_reshard_plan
+from megatron.core.resharding.planner import build_plan_from_rosters, index_metadata_rosters
+from megatron.core.resharding.utils import ParameterMetadata, ReshardPlan
+
+
+class RefitError(ValueError):
+    """After a refit a tensor of the inference copy is not the trainer's."""
+
+
+class InferenceCopy:
+    """The student once more, for generation alone: no gradients, evaluation mode, in ``layout``.
+
+    Every rank calls each method.
+    """
+
+    def __init__(
+        self,
+        trainer: Sequence[GPTModel],
+        trainer_layout: Layout,
+        model: GPTModel,
+        layout: Layout,
+        *,
+        check_interval: int,
+    ):
+        """``trainer`` is this rank's slice of the student, a model for each of its pipeline stages; ``model`` is the
+        copy's. Every ``check_interval``-th refit is checked, beginning with the first (0: none)."""
+        self.model = model
+        self.layout = layout
+        self.trainer_layout = trainer_layout
+        self.seconds = 0.0
+        """Time of all refits."""
+        self._source = torch.nn.ModuleList(trainer)
+        self._copy = torch.nn.ModuleList([model])
+        self._check_interval = check_interval
+        self._version: int | None = None
+        self._num_refits = 0
+        self._messages = message_group(trainer_layout)
+        # Megatron's NCCL service sends through whatever backend its group has; its gloo service asks for pinned memory.
+        self._service = NCCLCopyService(group=self._messages)
+        self._plan = self._make_plan()
+
+    def follow(self, version: int) -> None:
+        """Refit where the trainer's weights have become others since the last call: their ``version`` is another."""
+        if version == self._version:
+            return
+        started = perf_counter()
+        self.refit()
+        if self._check_interval and self._num_refits % self._check_interval == 0:
+            self.check()
+        self._num_refits += 1
+        self._version = version
+        self.seconds += perf_counter() - started
+
+    def refit(self) -> None:
+        """Overwrite the copy with the trainer's weights."""
+        torch.cuda.synchronize()  # Megatron copies on a stream of its own, which waits for no optimizer
+        execute_reshard_plan(self._plan, self._source, self._copy, service=self._service, group=self._messages)
+
+    def check(self) -> None:
+        """Raise RefitError on every rank where a hash over a whole tensor is not the same on both sides.
+
+        Every rank of either side that holds a tensor, or a shard of it, answers for it.
+        """
+        mine = _whole_hashes(self._source, self.trainer_layout), _whole_hashes(self._copy, self.layout)
+        everyone = [mine] * self.layout.world_size
+        dist.all_gather_object(everyone, mine)
+        wanted: dict[str, int] = {}
+        for rank, (trainers, _) in enumerate(everyone):
+            for name, found in trainers.items():
+                if wanted.setdefault(name, found) != found:
+                    raise RefitError(
+                        f"{name}: the trainer's weights on rank {rank} are not those of the other ranks, so there is "
+                        "nothing to refit from. Suspect that machine's memory or device; guard.replica_check_interval "
+                        "finds such a rank at the step where it happens"
+                    )
+        for name, value in wanted.items():
+            ranks = [rank for rank, (_, copies) in enumerate(everyone) if copies[name] != value]
+            if ranks:
+                raise RefitError(
+                    f"{name}: after the refit the inference copy on {_listed(ranks)} is not the trainer's, so rollouts "
+                    "would be another model's. The last checkpoint is intact: suspect those machines' memory, device "
+                    "or network, and start again with the same command"
+                )
+
+    def _make_plan(self) -> ReshardPlan:
+        mine = _describe(self._source, self.trainer_layout), _describe(self._copy, self.layout)
+        everyone = [mine] * self.layout.world_size
+        dist.all_gather_object(everyone, mine)
+        copies, trainers = index_metadata_rosters(everyone)
+        assert all(copy.keys() == trainers.keys() for copy in copies.values()), "the copy is of another model"
+        return build_plan_from_rosters(copies, trainers, dist.get_rank())
+
+
+def build_inference_copy(
+    config: ModelConfig,
+    trainer: Sequence[GPTModel],
+    trainer_layout: Layout,
+    *,
+    tensor_model_parallel_size: int,
+    padded_vocab_size: int,
+    max_sequence_length: int,
+    dtype: torch.dtype,
+    check_interval: int,
+) -> InferenceCopy:
+    """The copy of ``trainer`` (see `InferenceCopy`) over the same ranks; it has no weights yet.
+
+    ``padded_vocab_size`` is the trainer's, in which both sides have the same rows. Every rank calls it.
+    """
+    layout = another_layout(
+        trainer_layout, tensor_model_parallel_size=tensor_model_parallel_size, pipeline_model_parallel_size=1
+    )
+    layout = replace(layout, sequence_parallel=False)
+    with active(layout):
+        model = build_model(
+            one_stage(config),
+            layout,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=max_sequence_length,
+            dtype=dtype,
+            seed=None,
+        )
+    model.requires_grad_(False).eval()
+    return InferenceCopy(trainer, trainer_layout, model, layout, check_interval=check_interval)
+
+
+def one_stage(config: ModelConfig) -> ModelConfig:
+    """The architecture of a copy without pipeline stages, whose vocabulary has its padding already."""
+    return replace(
+        config,
+        make_vocab_size_divisible_by=1,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+    )
+
+
+def _parameters(
+    models: torch.nn.ModuleList, layout: Layout
+) -> Iterator[tuple[str, str, torch.nn.Parameter, tuple[int | None, int]]]:
+    """(name in ``models``, name in the whole model, parameter, how tensor-parallel ranks share it)."""
+    for index, model in enumerate(models):
+        for own_name, parameter in model.named_parameters():
+            name = global_name(model, layout, own_name)
+            yield f"{index}.{own_name}", name, parameter, tensor_cut(model, name, parameter)
+
+
+def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMetadata]:
+    """What Megatron's planner wants to know of every parameter of this rank."""
+    groups, rank = layout.groups, dist.get_rank()
+    tensor_ranks, data_ranks = (dist.get_process_group_ranks(group) for group in (groups.tp, groups.dp))
+    return [
+        ParameterMetadata(
+            name=own_name,
+            resolved_name=name,
+            shape=tuple(parameter.shape),
+            dtype=parameter.dtype,
+            element_size=parameter.element_size(),
+            is_tp=dim is not None,
+            partition_dim=dim or 0,
+            partition_stride=num_blocks,
+            owner_rank=rank,
+            tensor_parallel_group_ranks=tensor_ranks,
+            data_parallel_group_ranks=data_ranks,
+        )
+        for own_name, name, parameter, (dim, num_blocks) in _parameters(models, layout)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- checksums
+
+
+def _whole_hashes(models: torch.nn.ModuleList, layout: Layout) -> dict[str, int]:
+    """Global name to the hash of the whole tensor, of every tensor that this rank holds (a part of)."""
+    names, hashes, is_cut = [], [], []
+    for _, name, parameter, (dim, num_blocks) in _parameters(models, layout):
+        names.append(name)
+        is_cut.append(dim is not None)
+        hashes.append(_shard_hash(parameter.detach(), dim, num_blocks, layout))
+    hashes_P = torch.stack(hashes)
+    sums_P = hashes_P.clone()
+    dist.all_reduce(sums_P, group=layout.groups.tp)
+    hashes_P = torch.where(torch.tensor(is_cut, device=hashes_P.device), sums_P, hashes_P)
+    return dict(zip(names, hashes_P.tolist(), strict=True))
+
+
+def _shard_hash(tensor: torch.Tensor, dim: int | None, num_blocks: int, layout: Layout) -> torch.Tensor:
+    """int64 scalar: what this shard adds to the hash of the whole tensor, whose places its elements have."""
+    matrix_RC = tensor.reshape(tensor.shape[0], -1)
+    num_rows, num_columns = matrix_RC.shape
+    rows_R = _places(num_rows, num_blocks, layout, tensor.device) if dim == 0 else _range(num_rows, tensor.device)
+    columns_C = _places(num_columns, 1, layout, tensor.device) if dim == 1 else _range(num_columns, tensor.device)
+    width = num_columns * (layout.tensor_parallel_size if dim == 1 else 1)
+    at_once = max(1, replicas.HASH_CHUNK // num_columns)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, num_rows, at_once):
+        places = rows_R[start : start + at_once, None] * width + columns_C
+        total += replicas.hash_elements(matrix_RC[start : start + at_once].contiguous(), places)
+    return total
+
+
+def _places(size: int, num_blocks: int, layout: Layout, device: torch.device) -> torch.Tensor:
+    """Where this rank's ``size`` elements of a cut dimension are in the whole: a part of each block."""
+    length = size // num_blocks
+    starts = _range(num_blocks, device) * length * layout.tensor_parallel_size + layout.tensor_parallel_rank * length
+    return (starts[:, None] + _range(length, device)).flatten()
+
+
+def _range(size: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(size, device=device)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
