@@ -125,21 +125,17 @@ def build_inference_copy(
     config: ModelConfig,
     trainer: Sequence[GPTModel],
     trainer_layout: Layout,
+    layout: Layout,
     *,
-    tensor_model_parallel_size: int,
     padded_vocab_size: int,
     max_sequence_length: int,
     dtype: torch.dtype,
     check_interval: int,
 ) -> InferenceCopy:
-    """The copy of ``trainer`` (see `InferenceCopy`) over the same ranks; it has no weights yet.
+    """The copy of ``trainer`` in ``layout`` (see `InferenceCopy`); it has no weights yet.
 
-    ``padded_vocab_size`` is the trainer's, in which both sides have the same rows. Every rank calls it.
+    ``padded_vocab_size`` is the trainer's, whose rows the copy has too. Every rank calls it.
     """
-    layout = another_layout(
-        trainer_layout, tensor_model_parallel_size=tensor_model_parallel_size, pipeline_model_parallel_size=1
-    )
-    layout = replace(layout, sequence_parallel=False)
     with active(layout):
         model = build_model(
             one_stage(config),
@@ -151,6 +147,14 @@ def build_inference_copy(
         )
     model.requires_grad_(False).eval()
     return InferenceCopy(trainer, trainer_layout, model, layout, check_interval=check_interval)
+
+
+def inference_layout(trainer_layout: Layout, *, tensor_model_parallel_size: int) -> Layout:
+    """The layout of a copy over the same ranks: tensor parallelism alone, for single positions do not divide."""
+    layout = another_layout(
+        trainer_layout, tensor_model_parallel_size=tensor_model_parallel_size, pipeline_model_parallel_size=1
+    )
+    return replace(layout, sequence_parallel=False)
 
 
 def one_stage(config: ModelConfig) -> ModelConfig:
