@@ -10,6 +10,7 @@ Shape suffixes: ``B`` sequences of a micro-batch, ``S`` positions (padded length
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -109,25 +110,32 @@ def _by_positions(rows: Sequence[Rollout], most: int, multiple: int) -> list[lis
 def split_for_rank[Item](items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int) -> list[Item]:
     """Rank ``rank``'s share of ``items`` over ``size`` data-parallel ranks: equal counts, similar lengths.
 
-    ``lengths`` are the expected costs of the items (tokens); every rank passes the same. Longest first, each
-    item goes to the rank with the least so far that still has room. The share keeps the order of ``items``.
-    Raises ValueError where the items do not divide evenly.
+    ``lengths`` are the expected costs of the items (tokens); every rank passes the same. The share keeps the order of
+    ``items``. Raises ValueError where the items do not divide evenly.
     """
     if len(items) % size:
         raise ValueError(
             f"{len(items)} sequences do not divide over {size} data-parallel ranks: "
             "choose a global_batch_size that does"
         )
-    # Stable, so that equal lengths are dealt in the order of the items.
-    longest_first = sorted(range(len(items)), key=lambda index: -lengths[index])
+    return [items[index] for index in balanced_shares(lengths, size)[rank]]
+
+
+def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The indices of ``lengths`` dealt to ``size`` ranks, each share in their order.
+
+    Longest first, each goes to the rank with the least so far that has less than an even share, rounded up.
+    """
+    # Stable, so that equal lengths are dealt in their order.
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     shares: list[list[int]] = [[] for _ in range(size)]
     ranks_by_load = [(0, candidate) for candidate in range(size)]
     for index in longest_first:
         load, chosen = heapq.heappop(ranks_by_load)
         shares[chosen].append(index)
-        if len(shares[chosen]) < len(items) // size:
+        if len(shares[chosen]) < math.ceil(len(lengths) / size):
             heapq.heappush(ranks_by_load, (load + lengths[index], chosen))
-    return [items[index] for index in sorted(shares[rank])]
+    return [sorted(share) for share in shares]
 
 
 def answers_as_rollouts(

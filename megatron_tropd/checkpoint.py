@@ -137,6 +137,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description, *, allo
     state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
     learner.stage.module.load_state_dict(state["model"])
     load_optimizer_state(learner.optimizer, state["optimizer"])
+    learner.scheduler.num_steps = 0  # loading counts on from where it is, which after a rollback is another step
     learner.scheduler.load_state_dict(state["scheduler"])
     if learner.replicas is not None:
         learner.replicas.forget()

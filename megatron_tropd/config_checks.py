@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_schedule
 from megatron_tropd.config_data_checks import check_data
+from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
 from megatron_tropd.config_require import collecting, require
 
 
@@ -32,7 +33,9 @@ def validate(config: Config, world_size: int, command: str) -> None:
         "tensor_model_parallel_size above 1, or sequence_parallel=false",
     )
     if command != "generate":
-        _check_model("student", config.student, tp, pp)
+        check_model("student", student_architecture(config, command), tp, pp)
+    if config.rollout.tensor_model_parallel_size is not None:
+        check_inference_copy(config, world_size)
     _check_teacher_layout(config, world_size)
     require(
         config.teacher is not None or command not in ("train", "generate"),
@@ -95,7 +98,7 @@ def _check_teacher_layout(config: Config, world_size: int) -> None:
         f"{world_size} processes cannot be split into the teacher's tensor {tp} x pipeline {pp} = {tp * pp}: change "
         "parallel.teacher_tensor_model_parallel_size, teacher_pipeline_model_parallel_size or the number of processes",
     )
-    _check_model("teacher", config.teacher, tp, pp)
+    check_model("teacher", config.teacher, tp, pp)
 
 
 def teacher_sizes(config: Config) -> tuple[int, int]:
@@ -110,10 +113,20 @@ def teacher_sizes(config: Config) -> tuple[int, int]:
 
 
 def layout_sizes(config: Config, command: str) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of the layout a command starts with: `generate` runs the teacher alone."""
+    """Tensor and pipeline parallel size of the layout a command starts with: `generate` runs the teacher alone,
+    `evaluate` the student where it generates."""
     if command == "generate":
         return teacher_sizes(config)
+    if command == "evaluate" and config.rollout.tensor_model_parallel_size is not None:
+        return config.rollout.tensor_model_parallel_size, 1
     return config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+
+
+def student_architecture(config: Config, command: str) -> ModelConfig:
+    """The student in the layout that a command starts with."""
+    if command == "evaluate" and config.rollout.tensor_model_parallel_size is not None:
+        return one_stage(config.student)
+    return config.student
 
 
 def problems(config: Config, world_size: int, command: str) -> list[str]:
@@ -152,6 +165,7 @@ _LOWEST = {
     "training.log_rollouts": 0,
     "training.log_tokens": 0,
     "training.log_tokens_interval": 1,
+    "rollout.refit_check_interval": 0,
     "guard.max_loss_ratio": 1,
     "guard.max_grad_norm_ratio": 1,
     "guard.window": 2,
@@ -182,79 +196,6 @@ def _check_numbers(config: Config) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         beta = getattr(optimizer, name)
         require(0 <= beta < 1, f"optimizer.{name} must be in [0, 1), found {beta}")
-
-
-def _check_model(name: str, model: ModelConfig, tp: int, pp: int) -> None:
-    groups = model.num_attention_heads if model.num_query_groups is None else model.num_query_groups
-    sizes = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": groups,
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-        "kv_channels": model.kv_channels,
-        "vocab_size": model.vocab_size,
-        "num_moe_experts": model.num_moe_experts,
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
-        "moe_router_topk": model.moe_router_topk,
-    }
-    for field_name, value in sizes.items():
-        require(value is None or value >= 1, f"{name}.{field_name} must be at least 1, found {value}")
-    shared = {"ffn_hidden_size": model.ffn_hidden_size, "num_attention_heads": model.num_attention_heads}
-    for field_name, size in {**shared, "num_query_groups": groups}.items():
-        require(
-            size % tp == 0,
-            f"{name}.{field_name} {size} is not divisible by tensor_model_parallel_size {tp}: "
-            f"use a tensor parallel size that divides it",
-        )
-    require(
-        model.num_attention_heads % groups == 0,
-        f"{name}.num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups {groups}",
-    )
-    require(
-        model.kv_channels is not None or model.hidden_size % model.num_attention_heads == 0,
-        f"{name}.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
-        f"{model.num_attention_heads}: set {name}.kv_channels",
-    )
-    _check_experts(name, model, tp)
-    _check_pipeline(name, model, pp)
-
-
-def _check_experts(name: str, model: ModelConfig, tp: int) -> None:
-    experts, width = model.num_moe_experts, model.moe_ffn_hidden_size
-    require(
-        (experts is None) == (width is None),
-        f"{name}.num_moe_experts {experts} and {name}.moe_ffn_hidden_size {width} belong together: set both or neither",
-    )
-    if experts is not None and width is not None:
-        require(
-            model.moe_router_topk <= experts,
-            f"{name}.moe_router_topk {model.moe_router_topk} is more than {name}.num_moe_experts {experts}",
-        )
-        require(
-            width % tp == 0,
-            f"{name}.moe_ffn_hidden_size {width} is not divisible by tensor_model_parallel_size {tp}: use a tensor "
-            "parallel size that divides it",
-        )
-
-
-def _check_pipeline(name: str, model: ModelConfig, pp: int) -> None:
-    uneven = {
-        "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage,
-    }
-    given = {field_name: value for field_name, value in uneven.items() if value is not None}
-    require(pp > 1 or not given, f"{name}.{next(iter(given), '')} needs pipeline_model_parallel_size > 1")
-    require(all(value >= 1 for value in given.values()), f"{name}: a pipeline stage needs at least one layer: {given}")
-    layers, stages = model.num_layers - sum(given.values()), pp - len(given)
-    require(
-        layers >= stages and (layers == 0 if stages == 0 else layers % stages == 0),
-        f"{name}.num_layers {model.num_layers} cannot be split over pipeline_model_parallel_size {pp}"
-        + (f" with {given}" if given else "")
-        + f": the remaining {layers} layers do not divide over {stages} stages; change num_layers or the uneven split "
-        "(num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage)",
-    )
 
 
 def _check_rollout(config: Config) -> None:

@@ -32,6 +32,8 @@ MAY_CHANGE = frozenset(
         "monitoring",
         "data.validation",
         "rollout.max_batch_size",
+        "rollout.tensor_model_parallel_size",
+        "rollout.refit_check_interval",
         "tasks.num_validation",
         "student.load",
         "student.init_method_std",

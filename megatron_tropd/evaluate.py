@@ -14,20 +14,19 @@ from rich.table import Table
 
 from megatron_tropd.checkpoint import latest_checkpoint
 from megatron_tropd.config import Config
+from megatron_tropd.config_checks import student_architecture
 from megatron_tropd.config_tasks import EvaluationConfig
 from megatron_tropd.distributed import Layout, from_main
+from megatron_tropd.engines import Engines
 from megatron_tropd.estimators import Sample, summarize
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_prompt_file
-from megatron_tropd.rollout import RolloutEngine, build_engine
+from megatron_tropd.rollout import RolloutEngine
 from megatron_tropd.run import Run, load_student, open_run, vocab_size
 from megatron_tropd.sandbox import Limits
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Rollout, RolloutRequest
 from megatron_tropd.verify import VerifierOptions, check_task, verify
-
-# isort: split
-from megatron.core.models.gpt import GPTModel
 
 
 def evaluate_prompts(
@@ -95,7 +94,7 @@ def _judge(rollout: Rollout, tokenizer: Tokenizer, num_samples: int, options: Ve
 class Evaluator:
     """The held-out measures of a run; calls return the same metrics on every rank."""
 
-    def __init__(self, run: Run, model: GPTModel, *, vocab_size: int, num_prompts: int | None):
+    def __init__(self, run: Run, engines: Engines, *, vocab_size: int, num_prompts: int | None):
         """Reads ``data.validation`` and ``evaluation.files``, of each the first ``num_prompts`` prompts (None: all)."""
         config, self._run = run.config, run
         self._options = verifier_options(config.evaluation)
@@ -105,9 +104,7 @@ class Evaluator:
         }
         for prompts in self._prompts.values():
             check_prompts(prompts, run.layout, self._options)
-        self._engine = build_engine(
-            model,
-            run.layout,
+        self._engine = engines.build(
             replace(config.rollout, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p),
             vocab_size=vocab_size,
             eos_id=run.tokenizer.eos_id,
@@ -172,10 +169,10 @@ def evaluate(config: Config) -> None:
         newest = from_main(latest_checkpoint(run.checkpoints))
         if newest is not None:
             config = replace(config, student=replace(config.student, load=str(newest)))
-            run.config = config
-        model = load_student(run)
+        run.config = config = replace(config, student=student_architecture(config, "evaluate"))
+        engines = Engines(load_student(run), run.layout)
         size = vocab_size(config.student, run.tokenizer)
-        metrics, samples = Evaluator(run, model, vocab_size=size, num_prompts=None).measure()
+        metrics, samples = Evaluator(run, engines, vocab_size=size, num_prompts=None).measure()
         if run.layout.is_main:
             _print_table(config, metrics)
             (run.folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -21,9 +21,10 @@ import torch.distributed as dist
 
 from megatron_tropd.distributed import ON_CPU, Layout
 
-PHASES = ("evaluate", "rollout", "batch", "schedule", "teacher", "optimizer", "log", "save")
+PHASES = ("evaluate", "rollout", "refit", "batch", "schedule", "teacher", "optimizer", "log", "save")
 """``schedule``: forward and backward of both models over all micro-batches, the reduction of gradients included;
-``teacher``, the teacher's forward alone, is a part of it."""
+``teacher``, the teacher's forward alone, is a part of it. ``refit``, the weights' way into an inference copy, is a part
+of what generates first: ``evaluate`` or ``rollout``."""
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """An inference copy of the student in a layout of its own, whose weights follow the trainer's.
 
-Pipeline stages slow decoding down, and experts spread over ranks or interleaved stages cannot decode at all. The copy is
-cut by tensor parallelism alone, over the same ranks; whenever the trainer's weights have moved, `megatron.core.resharding`
-moves them over: each rank sends the slices that others' shards of the copy are made of, point to point.
+Pipeline stages slow decoding down, and experts spread over ranks or interleaved stages cannot decode at all. The copy
+is cut by tensor parallelism alone, over the same ranks; whenever the trainer's weights have moved, Megatron's
+``resharding`` moves them over: each rank sends the slices that others' shards of the copy are made of, point to point.
 
 Megatron plans and executes the transfers. The description of every tensor that it plans from is ours: its own finds
 neither the experts of the local layer spec, which it does not number over ranks, nor the second and further chunks of
@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 from megatron_tropd import replicas
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.distributed import Layout, active, another_layout, message_group
+from megatron_tropd.hf_mapping import is_expert
 from megatron_tropd.models import build_model, global_name, tensor_cut
 
 # isort: split
@@ -138,7 +140,7 @@ def build_inference_copy(
     """
     with active(layout):
         model = build_model(
-            one_stage(config),
+            replace(one_stage(config), make_vocab_size_divisible_by=1),
             layout,
             vocab_size=padded_vocab_size,
             max_sequence_length=max_sequence_length,
@@ -157,16 +159,6 @@ def inference_layout(trainer_layout: Layout, *, tensor_model_parallel_size: int)
     return replace(layout, sequence_parallel=False)
 
 
-def one_stage(config: ModelConfig) -> ModelConfig:
-    """The architecture of a copy without pipeline stages, whose vocabulary has its padding already."""
-    return replace(
-        config,
-        make_vocab_size_divisible_by=1,
-        num_layers_in_first_pipeline_stage=None,
-        num_layers_in_last_pipeline_stage=None,
-    )
-
-
 def _parameters(
     models: torch.nn.ModuleList, layout: Layout
 ) -> Iterator[tuple[str, str, torch.nn.Parameter, tuple[int | None, int]]]:
@@ -179,8 +171,8 @@ def _parameters(
 
 def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMetadata]:
     """What Megatron's planner wants to know of every parameter of this rank."""
-    groups, rank = layout.groups, dist.get_rank()
-    tensor_ranks, data_ranks = (dist.get_process_group_ranks(group) for group in (groups.tp, groups.dp))
+    rank, data_ranks = dist.get_rank(), dist.get_process_group_ranks(layout.groups.dp)
+    tensor_ranks = {group: dist.get_process_group_ranks(group) for group in (layout.groups.tp, layout.groups.expt_tp)}
     return [
         ParameterMetadata(
             name=own_name,
@@ -192,11 +184,17 @@ def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMeta
             partition_dim=dim or 0,
             partition_stride=num_blocks,
             owner_rank=rank,
-            tensor_parallel_group_ranks=tensor_ranks,
+            tensor_parallel_group_ranks=tensor_ranks[_cutting_group(name, layout)],
             data_parallel_group_ranks=data_ranks,
         )
         for own_name, name, parameter, (dim, num_blocks) in _parameters(models, layout)
     ]
+
+
+def _cutting_group(name: str, layout: Layout) -> dist.ProcessGroup:
+    """The ranks that share a parameter of this global name."""
+    group: dist.ProcessGroup = layout.groups.expt_tp if is_expert(name) else layout.groups.tp
+    return group
 
 
 # ------------------------------------------------------------------------------------------------------- checksums
@@ -204,25 +202,32 @@ def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMeta
 
 def _whole_hashes(models: torch.nn.ModuleList, layout: Layout) -> dict[str, int]:
     """Global name to the hash of the whole tensor, of every tensor that this rank holds (a part of)."""
-    names, hashes, is_cut = [], [], []
+    shards: dict[dist.ProcessGroup | None, dict[str, torch.Tensor]] = {}
     for _, name, parameter, (dim, num_blocks) in _parameters(models, layout):
-        names.append(name)
-        is_cut.append(dim is not None)
-        hashes.append(_shard_hash(parameter.detach(), dim, num_blocks, layout))
-    hashes_P = torch.stack(hashes)
-    sums_P = hashes_P.clone()
-    dist.all_reduce(sums_P, group=layout.groups.tp)
-    hashes_P = torch.where(torch.tensor(is_cut, device=hashes_P.device), sums_P, hashes_P)
-    return dict(zip(names, hashes_P.tolist(), strict=True))
+        group = None if dim is None else _cutting_group(name, layout)
+        shards.setdefault(group, {})[name] = _shard_hash(parameter.detach(), dim, num_blocks, group)
+    hashes: dict[str, int] = {}
+    for group in (None, *(group for group in dict.fromkeys((layout.groups.tp, layout.groups.expt_tp)))):
+        if group in shards:
+            sums_P = torch.stack(list(shards[group].values()))
+            if group is not None:
+                dist.all_reduce(sums_P, group=group)
+            hashes |= dict(zip(shards[group], sums_P.tolist(), strict=True))
+    return hashes
 
 
-def _shard_hash(tensor: torch.Tensor, dim: int | None, num_blocks: int, layout: Layout) -> torch.Tensor:
+def _shard_hash(
+    tensor: torch.Tensor, dim: int | None, num_blocks: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
     """int64 scalar: what this shard adds to the hash of the whole tensor, whose places its elements have."""
     matrix_RC = tensor.reshape(tensor.shape[0], -1)
     num_rows, num_columns = matrix_RC.shape
-    rows_R = _places(num_rows, num_blocks, layout, tensor.device) if dim == 0 else _range(num_rows, tensor.device)
-    columns_C = _places(num_columns, 1, layout, tensor.device) if dim == 1 else _range(num_columns, tensor.device)
-    width = num_columns * (layout.tensor_parallel_size if dim == 1 else 1)
+    rows_R, columns_C = (torch.arange(size, device=tensor.device) for size in matrix_RC.shape)
+    width = num_columns
+    if group is not None and dim == 0:
+        rows_R = _places(rows_R, num_blocks, group)
+    elif group is not None:
+        columns_C, width = _places(columns_C, num_blocks, group), num_columns * group.size()
     at_once = max(1, replicas.HASH_CHUNK // num_columns)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, num_rows, at_once):
@@ -231,15 +236,10 @@ def _shard_hash(tensor: torch.Tensor, dim: int | None, num_blocks: int, layout: 
     return total
 
 
-def _places(size: int, num_blocks: int, layout: Layout, device: torch.device) -> torch.Tensor:
-    """Where this rank's ``size`` elements of a cut dimension are in the whole: a part of each block."""
-    length = size // num_blocks
-    starts = _range(num_blocks, device) * length * layout.tensor_parallel_size + layout.tensor_parallel_rank * length
-    return (starts[:, None] + _range(length, device)).flatten()
-
-
-def _range(size: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(size, device=device)
+def _places(own: torch.Tensor, num_blocks: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Where indices of a cut dimension are in the whole one, of which this rank has a part of each block."""
+    length = len(own) // num_blocks
+    return own // length * length * group.size() + group.rank() * length + own % length
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
 from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
+from megatron_tropd.engines import Engines, training_engines
 from megatron_tropd.evaluate import Evaluator, check_prompts, verifier_options
 from megatron_tropd.exports import exports
 from megatron_tropd.guard import RefusedStepError
@@ -25,7 +26,6 @@ from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts, refuse_unshared
 from megatron_tropd.report import plot_runs
-from megatron_tropd.rollout import build_engine
 from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
@@ -52,9 +52,8 @@ def train(config: Config) -> None:
         refuse_unshared(mixture.prompts, run.tokenizer, run.teacher_tokenizer)
         store = _read_answers(run, mixture.prompts)
         learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
-        engine = build_engine(
-            learner.stage.module,
-            run.layout,
+        engines = training_engines(run, learner)
+        engine = engines.build(
             config.rollout,
             vocab_size=learner.vocab_size,
             eos_id=run.tokenizer.eos_id,
@@ -81,7 +80,7 @@ def train(config: Config) -> None:
             )
             return engine.generate(mine, max_response_length=config.rollout.max_response_length)
 
-        run_steps(run, learner, generate, mixture)
+        run_steps(run, learner, generate, mixture, engines)
 
 
 def _objective(config: Config) -> Objective:
@@ -109,10 +108,10 @@ def sft(config: Config) -> None:
                 rollouts, lengths, rank=run.layout.data_parallel_rank, size=run.layout.data_parallel_size
             )
 
-        run_steps(run, learner, answers, mixture)
+        run_steps(run, learner, answers, mixture, training_engines(run, learner))
 
 
-def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: Mixture) -> None:
+def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: Mixture, engines: Engines) -> None:
     """Steps from where the run folder stands to ``training.train_iters``, with evaluations, logs and checkpoints.
 
     After SIGTERM on any rank the step in hand is finished and saved, and the function returns. What follows a refused
@@ -126,7 +125,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)
     learner = replace(learner, observe=_token_log(run))
     queue = TrajectoryQueue(trajectories, training.steps_per_rollout, training.train_iters)
-    evaluator = Evaluator(run, learner.stage.module, vocab_size=learner.vocab_size, num_prompts=training.eval_samples)
+    evaluator = Evaluator(run, engines, vocab_size=learner.vocab_size, num_prompts=training.eval_samples)
     bar = tqdm(
         total=training.train_iters,
         initial=first_step,
@@ -142,6 +141,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
             break
         try:
             metrics |= _one_step(run, learner, queue, mixture, step)
+            metrics |= engines.refit_metrics(monitor.phases)
         except RefusedStepError as error:
             metrics["refused_steps"] = _count_refusal(learner, error)
             if run.config.guard.on_refused == "rollback":

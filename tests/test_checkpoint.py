@@ -285,7 +285,7 @@ def test_pruning_spares_what_latest_names_and_what_is_not_a_checkpoint(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "step_4", "step_best"]
 
 
-def _resume_with_another_learning_rate(folder: str) -> tuple[float, float]:
+def _resume_with_another_learning_rate(folder: str) -> tuple[float, float, int]:
     from megatron_tropd.checkpoint import latest_checkpoint, load_checkpoint
     from megatron_tropd.config import OptimizerConfig
     from megatron_tropd.step import train_step
@@ -297,4 +297,6 @@ def _resume_with_another_learning_rate(folder: str) -> tuple[float, float]:
     assert path is not None
     load_checkpoint(path, learner, _description(0))
     metrics = train_step(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=1))
-    return metrics["learning_rate"], max(group["weight_decay"] for group in learner.optimizer.param_groups)
+    weight_decay = max(group["weight_decay"] for group in learner.optimizer.param_groups)
+    load_checkpoint(path, learner, _description(0))  # as a rollback does
+    return metrics["learning_rate"], weight_decay, learner.scheduler.num_steps

@@ -17,7 +17,9 @@ import yaml
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TIMING_KEYS = {"tokens_per_second", "seconds_rollout", "seconds_teacher", "seconds_student", "seconds_optimizer"}
+TIMING_KEYS = {
+    "tokens_per_second", "seconds_rollout", "seconds_refit", "seconds_teacher", "seconds_student", "seconds_optimizer"
+}  # fmt: skip
 MODEL = {
     "num_layers": 2,
     "hidden_size": 32,
@@ -402,6 +404,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "ahead": {"tensor_model_parallel_size": 2, "teacher_schedule": "ahead", "teacher_hidden": "host"},
     "packed": {"tensor_model_parallel_size": 2},
+    "inference copy": {"pipeline_model_parallel_size": 2},
     "own layout": {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
@@ -425,6 +428,7 @@ def test_how_the_work_is_spread_changes_nothing(tmp_path: Path, data: Path) -> N
     paths = {
         name: config_file(
             tmp_path / name, data, parallel=parallel,
+            rollout={"tensor_model_parallel_size": 2 if name == "inference copy" else None},
             training={"train_iters": 3, "micro_batch_tokens": 40 if name == "packed" else None},
         )
         for name, parallel in LAYOUTS.items()
@@ -432,6 +436,8 @@ def test_how_the_work_is_spread_changes_nothing(tmp_path: Path, data: Path) -> N
     run_ranks(2, _train_each, [str(path) for path in paths.values()], timeout=300)
     wanted, *others = [_metrics(path.parent / "run") for path in paths.values()]
     assert wanted[0]["grad_norm"] > 0 and any(step.get("outlier_share", 0) > 0 for step in wanted)
+    with (tmp_path / "inference copy" / "run" / "metrics.jsonl").open() as lines:
+        assert ["seconds_refit" in line for line in lines] == [True] * 3 + [False]
     for found in others:
         for wanted_step, found_step in zip(wanted, found, strict=True):
             wanted_padding, padding = wanted_step.get("padding_share", 0), found_step.pop("padding_share", 0)
