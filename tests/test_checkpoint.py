@@ -81,14 +81,14 @@ def test_weights_and_optimizer_continue_on_four_ranks(saved: Saved) -> None:
     _check_losses(saved, run_ranks(4, _load_and_take_two_steps, str(saved.folder), 4))
 
 
-def _on_one_rank(folder: str) -> tuple[list[float], tuple[float, float]]:
+def _on_one_rank(folder: str) -> tuple[list[float], tuple[float, float, int]]:
     return _load_and_take_two_steps(folder, 1), _resume_with_another_learning_rate(folder)
 
 
 def test_one_rank_continues_and_takes_its_learning_rate_from_the_config(saved: Saved) -> None:
-    ((losses, rates),) = run_ranks(1, _on_one_rank, str(saved.folder))
+    ((losses, found),) = run_ranks(1, _on_one_rank, str(saved.folder))
     _check_losses(saved, [losses])
-    assert rates == (0.003, 0.5)
+    assert found == (0.003, 0.5, 2)
 
 
 def test_the_space_that_a_save_asks_for_is_that_of_its_tensors(saved: Saved) -> None:
