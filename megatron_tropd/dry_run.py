@@ -25,6 +25,7 @@ from megatron_tropd.planner import (
     micro_batch_rows,
     model_parameters,
     rank_memory,
+    rollout_layout,
     stage_parameters,
     student_layout,
     teacher_layout,
@@ -190,6 +191,7 @@ def describe(config: Config, world_size: int) -> str:
     config = with_vocab_sizes(config, *build_tokenizers(config.tokenizer))
     parallel, training, rollout = config.parallel, config.training, config.rollout
     layout, own = student_layout(config, world_size), teacher_layout(config, world_size)
+    generating = rollout_layout(config, world_size)
     length = config.data.max_prompt_length + rollout.max_response_length
     rows = micro_batch_rows(config)
     num_micro_batches = math.ceil(training.global_batch_size / (rows * layout.data))
@@ -200,6 +202,7 @@ def describe(config: Config, world_size: int) -> str:
         f"run        {config.objective}, {training.train_iters} steps, in {config.output_dir}",
         f"layout     {_sizes(layout)}" + ", sequence parallel" * parallel.sequence_parallel,
         *([f"           teacher ahead: {_sizes(own)}"] if parallel.teacher_schedule == "ahead" else []),
+        *([f"           rollouts on a copy: {_sizes(generating)}"] if rollout.tensor_model_parallel_size else []),
         *(
             f"{name:<11}{model_parameters(model) / 1e9:.3f} B parameters; on a rank of each stage "
             + ", ".join(f"{count / 1e9:.3f} B" for count in stage_parameters(model, sizes.tensor, sizes.pipeline))

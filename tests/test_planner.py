@@ -143,6 +143,24 @@ def test_every_teacher_has_its_weights_on_the_device_unless_they_are_offloaded()
     assert together.teacher_weights == alone.teacher_weights == 0
 
 
+def test_an_inference_copy_takes_memory_and_saves_decoding_the_pipeline() -> None:
+    run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
+    run = replace(run, parallel=replace(run.parallel, tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
+    run = replace(run, rollout=replace(run.rollout, max_batch_size=512))
+    copied = replace(run, rollout=replace(run.rollout, tensor_model_parallel_size=1))
+    assert problems(copied, 8, "train") == []
+    without, with_copy = (list(rank_memory(each, 8).values()) for each in (run, copied))
+    for stage, (own, copy) in enumerate(zip(without, with_copy, strict=True)):
+        assert own.student_copy == 0 and copy.resident == own.resident + copy.student_copy
+        # bf16: 2 bytes of each of 8.2 B parameters on every rank.
+        assert copy.student_copy / 2e9 == pytest.approx(8.2, rel=0.015)
+        # Eight replicas of one rank have an eighth of the rows each, of all 36 layers instead of 9, with all heads.
+        assert copy.kv_cache == own.kv_cache, stage
+    own_time, copy_time = (step_time(each, 8, GPUS["H100"], Assumptions()) for each in (run, copied))
+    assert own_time.refit == 0 < copy_time.refit < 0.1
+    assert copy_time.rollout < own_time.rollout and copy_time.student == own_time.student
+
+
 def test_fused_heads_make_logits_absent() -> None:
     run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
     (fused,) = rank_memory(run, 8).values()

@@ -88,6 +88,7 @@ def _train_and_generate(world_size: int) -> list[dict[str, Any]]:
     from megatron_tropd.engines import Engines
     from megatron_tropd.step import train_step
     from tests import tiny
+    from tests.measured_bytes import storage_bytes
 
     found = []
     options = {"vocab_size": VOCAB_SIZE, "eos_id": EOS, "seed": SEED}
@@ -115,11 +116,30 @@ def _train_and_generate(world_size: int) -> list[dict[str, Any]]:
                 "num_refits": [copy._num_refits for copy in copied],
                 "trains": [parameter.requires_grad for copy in copied for parameter in copy.model.parameters()],
                 "vocabulary": [copy.model.vocab_size - model.vocab_size for copy in copied],
+                "bytes": [
+                    (storage_bytes(copy.model.parameters()), _planned_bytes(config, tp, size))
+                    for copy, size in zip(copied, copies, strict=True)
+                ],
             }
         )
         if (name, tp, pp) == ("tied", 1, 2):
             found[-1]["errors"] = _corrupted(copied[1], layout)
     return found
+
+
+def _planned_bytes(student: ModelConfig, trainer_size: int, copy_size: int) -> int:
+    from megatron_tropd.config import Config, DataConfig, ParallelConfig, RolloutConfig, TrainingConfig
+    from megatron_tropd.planner.memory import copy_bytes
+
+    config = Config(
+        student=replace(student, vocab_size=VOCAB_SIZE),
+        data=DataConfig(train=""),
+        output_dir="",
+        rollout=RolloutConfig(tensor_model_parallel_size=copy_size),
+        parallel=ParallelConfig(tensor_model_parallel_size=trainer_size),
+        training=TrainingConfig(precision="fp32"),
+    )
+    return copy_bytes(config)
 
 
 def _corrupted(copy: Any, layout: Any) -> list[str]:
@@ -154,6 +174,8 @@ def test_the_copy_generates_what_the_trainers_weights_do(world_size: int) -> Non
             # Two calls with the same weights are one refit.
             assert rank["num_refits"] == [2] * len(rank["case"][3])
             assert not any(rank["trains"]) and not any(rank["vocabulary"])
+            for measured, planned in rank["bytes"]:
+                assert measured == planned
             if "errors" in rank:
                 in_copy, in_trainer = rank["errors"]
                 assert in_copy.startswith(

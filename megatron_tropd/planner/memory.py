@@ -7,11 +7,12 @@ each with bytes measured on the real trainer. ``e``: bytes of an element of the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from megatron_tropd.config import Config
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes
+from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.planner.activations import Attention, activation_bytes, layer_activations, layer_transient
 from megatron_tropd.planner.parameters import head_widths, padded_vocabulary, stage_layers, stage_parameters
 from megatron_tropd.vocab_parallel.output_head import recommended_chunk_size
@@ -22,6 +23,8 @@ class RankMemory:
     """Bytes on one rank. Generation, a teacher pass ahead, and the schedule that trains follow one another."""
 
     student_weights: int
+    student_copy: int
+    """Weights of the inference copy; 0 where the engine reads the trainer's own."""
     teacher_weights: int
     """0 where the teacher is in host memory between its passes; its output weight for the student's layout counts."""
     gradients: int
@@ -50,7 +53,7 @@ class RankMemory:
     @property
     def resident(self) -> int:
         """What is there from start to end."""
-        return self.student_weights + self.teacher_weights + self.gradients + self.optimizer
+        return self.student_weights + self.student_copy + self.teacher_weights + self.gradients + self.optimizer
 
     @property
     def training(self) -> int:
@@ -98,6 +101,22 @@ def teacher_layout(config: Config, world_size: int) -> Sizes:
     return Sizes(tensor, pipeline, world_size // (tensor * pipeline))
 
 
+def rollout_layout(config: Config, world_size: int) -> Sizes:
+    """The layout that generates: that of the inference copy, where there is one, or the student's."""
+    tensor = config.rollout.tensor_model_parallel_size
+    return student_layout(config, world_size) if tensor is None else Sizes(tensor, 1, world_size // tensor)
+
+
+def copy_bytes(config: Config) -> int:
+    """Weights of the inference copy on a rank, whose vocabulary is padded as the trainer's; 0 without one."""
+    tensor, student = config.rollout.tensor_model_parallel_size, config.student
+    if tensor is None:
+        return 0
+    padded = padded_vocabulary(student, config.parallel.tensor_model_parallel_size)
+    copied = replace(one_stage(student), vocab_size=padded, make_vocab_size_divisible_by=1)
+    return stage_parameters(copied, tensor, 1)[0] * element_bytes(config)
+
+
 def micro_batch_rows(config: Config) -> int:
     """Sequences of a micro-batch where all are as long as the config allows."""
     longest = config.data.max_prompt_length + config.rollout.max_response_length
@@ -123,7 +142,8 @@ def rank_memory(config: Config, world_size: int, *, attention: Attention = "flas
         # Megatron counts pipeline stages outermost.
         stage, teacher_stage = kind * student.pipeline // num_kinds, kind * teacher.pipeline // num_kinds
         name = f"stage {stage}" + f", teacher {teacher_stage}" * (teacher != student)
-        kinds[name] = _Rank(config, stage, teacher_stage, student, teacher, attention).memory()
+        generating = rollout_layout(config, world_size)
+        kinds[name] = _Rank(config, stage, teacher_stage, student, teacher, generating, attention).memory()
     return kinds
 
 
@@ -146,6 +166,7 @@ class _Rank:
     teacher_stage: int
     student: Sizes
     teacher: Sizes
+    generating: Sizes
     attention: Attention
 
     @property
@@ -188,6 +209,7 @@ class _Rank:
         kv_cache, prefill = self._rollout_bytes(e)
         return RankMemory(
             student_weights=weights,
+            student_copy=copy_bytes(config),
             teacher_weights=teacher_weights,
             gradients=gradients,
             optimizer=optimizer,
@@ -228,12 +250,13 @@ class _Rank:
 
     def _rollout_bytes(self, e: int) -> tuple[int, int]:
         """(KV cache, prefill) of the static engine: room for the longest sequence in every row of a batch."""
-        student, rollout, sizes = self.config.student, self.config.rollout, self.student
+        student, rollout, sizes = self.config.student, self.config.rollout, self.generating
+        has_copy = rollout.tensor_model_parallel_size is not None
         rows = min(rollout.max_batch_size, self.config.training.global_batch_size // sizes.data)
         _, keys, _ = head_widths(student)
-        layers = stage_layers(student, sizes.pipeline)[self.stage]
+        layers = student.num_layers if has_copy else stage_layers(student, sizes.pipeline)[self.stage]
         prefill = layer_transient(student, sizes.tensor, rows * self.config.data.max_prompt_length, e)
-        if self.is_last:
+        if self.is_last or has_copy:
             prefill += rows * padded_vocabulary(student, sizes.tensor) * 4
         return layers * rows * self.length * 2 * (keys // sizes.tensor) * e, prefill
 

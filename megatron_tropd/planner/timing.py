@@ -10,8 +10,17 @@ import math
 from dataclasses import dataclass, fields
 
 from megatron_tropd.config import Config, ModelConfig
+from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import Sizes, element_bytes, micro_batch_rows, student_layout, teacher_layout
+from megatron_tropd.planner.memory import (
+    Sizes,
+    copy_bytes,
+    element_bytes,
+    micro_batch_rows,
+    rollout_layout,
+    student_layout,
+    teacher_layout,
+)
 from megatron_tropd.planner.parameters import (
     active_layer_parameters,
     head_widths,
@@ -40,7 +49,7 @@ class StepTime:
     transfer: float
     """Teacher ahead: its hidden states to the student's ranks, and what comes from host memory."""
     refit: float
-    """Weights into the engine: 0, it reads the trainer's own."""
+    """Weights into the inference copy, as if none were on its rank already; 0 where the engine reads the trainer's."""
 
     @property
     def total(self) -> float:
@@ -91,14 +100,14 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
         num_teacher = math.ceil(num_student)
         bubble = (student.pipeline - 1) * (one_student + one_teacher)
     return StepTime(
-        rollout=rollout_seconds(config, student, gpu, assumed),
+        rollout=rollout_seconds(config, rollout_layout(config, world_size), gpu, assumed),
         teacher=num_teacher * one_teacher,
         student=num_student * one_student,
         bubble=bubble,
         gradients=gradients,
         optimizer=optimizer,
         transfer=_transfer_seconds(config, student, teacher, gpu, assumed),
-        refit=0.0,
+        refit=copy_bytes(config) / (_link(student, gpu) * assumed.network_efficiency),
     )
 
 
@@ -131,9 +140,14 @@ def micro_batch_seconds(
     reduce = layers * rounds * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
     send = 0.0
     if layout.pipeline > 1:
-        link = gpu.nvlink if layout.world <= gpu.per_node else gpu.network
+        link = _link(layout, gpu)
         send = (1 if passes == 1 else 2) * hidden / (link * assumed.network_efficiency)
     return compute + reduce + send
+
+
+def _link(layout: Sizes, gpu: Gpu) -> float:
+    """Bytes/s between any two ranks."""
+    return gpu.nvlink if layout.world <= gpu.per_node else gpu.network
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, link: float, assumed: Assumptions) -> float:
@@ -151,8 +165,8 @@ def rollout_seconds(
     A decoded token costs the longer of reading weights and cache, and the products; a launch overhead and two
     all-reduces for every layer. Pipeline stages follow one another. ``overhead`` replaces that of the launches.
     """
-    model, rollout, long = config.student, config.rollout, lengths(config, assumed)
-    e = element_bytes(config)
+    rollout, long, e = config.rollout, lengths(config, assumed), element_bytes(config)
+    model = one_stage(config.student) if layout.pipeline == 1 else config.student
     rows_of_replica = config.training.global_batch_size / layout.data
     rows = min(rollout.max_batch_size, rows_of_replica)
     num_batches = math.ceil(rows_of_replica / rows)
@@ -177,7 +191,7 @@ def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, 
         return 0.0
     rows = config.training.global_batch_size * lengths(config, assumed).response / student.data
     hidden = rows * model.hidden_size * e
-    link = gpu.nvlink if student.world <= gpu.per_node else gpu.network
+    link = _link(student, gpu)
     seconds = hidden / (link * assumed.network_efficiency) if teacher != student else 0.0
     if parallel.teacher_hidden == "host":
         seconds += 2 * hidden / student.tensor / assumed.host_bandwidth
@@ -189,7 +203,7 @@ def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, 
 def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> tuple[float, float]:
     """(communication of gradients and weights, optimizer) of the largest stage."""
     e, count = element_bytes(config), max(stage_parameters(config.student, layout.tensor, layout.pipeline))
-    link = gpu.nvlink if layout.world <= gpu.per_node else gpu.network
+    link = _link(layout, gpu)
     moved = (layout.data - 1) / layout.data * count * (4 + e)
     shards = layout.data if config.optimizer.use_distributed_optimizer else 1
     # Gradient and three fp32 values read, three and the weight written.
