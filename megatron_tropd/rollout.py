@@ -1,6 +1,6 @@
-"""Generation by Megatron inference on the trainer's own weights, continuing prompt + teacher prefix.
+"""Generation by Megatron inference, continuing prompt + teacher prefix.
 
-DESIGN 6. The engine reads the very parameters the optimizer moves: no copy, nothing to synchronise. A
+DESIGN 6. The engine reads the very parameters the optimizer moves, or a copy in another layout (``refit``). A
 response depends on (seed, sample id, prompt, prefix) alone, not on the batch it was generated in nor on the
 parallel layout, up to the rounding of matrix products: every token is the inverse CDF of the model's
 distribution at one counter-based uniform.
