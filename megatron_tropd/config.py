@@ -63,6 +63,11 @@ class ModelConfig:
     """The embedding is padded to a multiple of this times tensor_model_parallel_size."""
     init_method_std: float = 0.02
     """Standard deviation of freshly initialised weights."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Format of the linear layers' products in 8 bits, through Transformer Engine (hybrid: gradients in e5m2); weights
+    stay in training.precision. None: no such products. GPUs with Transformer Engine alone."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How fp8 scales: by a tensor's present maximum, by those of earlier steps, by blocks (H100), in MX (B200)."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Uneven pipeline split: layers on the first stage; None: even."""
     num_layers_in_last_pipeline_stage: int | None = None
@@ -192,6 +197,11 @@ class OptimizerConfig:
     """Global gradient-norm clip; 0 is off."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
+    optimizer_cpu_offload: bool = False
+    """Keep the optimizer's state (fp32 weights and Adam's moments) in host memory and take the step there: weights and
+    gradients stay on the device, the step waits for both ways over the bus. Needs use_distributed_optimizer."""
+    optimizer_offload_fraction: float = 1.0
+    """optimizer_cpu_offload: the share of the parameters whose state is in host memory."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +329,8 @@ _WEIGHTLESS_FIELDS = (
     "vocab_size",
     "init_method_std",
     "make_vocab_size_divisible_by",
+    "fp8",
+    "fp8_recipe",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
 )

@@ -190,6 +190,19 @@ def _check_numbers(config: Config) -> None:
             )
     optimizer = config.optimizer
     require(
+        not optimizer.optimizer_cpu_offload or optimizer.use_distributed_optimizer,
+        "optimizer.optimizer_cpu_offload needs optimizer.use_distributed_optimizer=true",
+    )
+    require(
+        not optimizer.optimizer_cpu_offload or config.training.precision != "fp32",
+        "optimizer.optimizer_cpu_offload is for bf16 weights (training.precision=bf16): Megatron offloads no fp32 ones",
+    )
+    require(
+        0 < optimizer.optimizer_offload_fraction <= 1,
+        f"optimizer.optimizer_offload_fraction must be in (0, 1], found {optimizer.optimizer_offload_fraction}; "
+        "nothing is offloaded with optimizer.optimizer_cpu_offload=false",
+    )
+    require(
         optimizer.min_lr <= optimizer.lr,
         f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}: lower it",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.config import OptimizerConfig
-from megatron_tropd.distributed import Layout
+from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.pair import StudentTeacherStage
 
 # isort: split
@@ -60,6 +60,11 @@ def build_optimizer(
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.use_distributed_optimizer,
+            optimizer_cpu_offload=config.optimizer_cpu_offload,
+            optimizer_offload_fraction=config.optimizer_offload_fraction,
+            # What Megatron calls precision-aware is how its distributed optimizer leaves fp32 weights to another.
+            use_precision_aware_optimizer=config.optimizer_cpu_offload,
+            pin_cpu_grads=not ON_CPU,
         ),
         [ddp],
         use_gloo_process_groups=False,

@@ -29,6 +29,7 @@ from megatron_tropd.guard import Guard
 from megatron_tropd.hf_config import HuggingFaceError, is_huggingface
 from megatron_tropd.huggingface import load_huggingface
 from megatron_tropd.integrity import write_durably
+from megatron_tropd.layer_spec import use_transformer_engine
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
@@ -136,6 +137,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     """
     validate(config, distributed.world_size(), command)
     require_trackers(config)
+    _refuse_what_is_not_here(config)
     tokenizer, teacher_tokenizer = build_tokenizers(config.tokenizer)
     if command in ("train", "sft") and exports(config):
         export_reference(config, vocab_size=vocab_size(config.student, tokenizer))
@@ -171,6 +173,20 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         watchdog.stop()
         signal.signal(signal.SIGTERM, previous)
         distributed.finish(layout)
+
+
+def _refuse_what_is_not_here(config: Config) -> None:
+    """ConfigError for options whose hardware or library this machine lacks."""
+    if config.optimizer.optimizer_cpu_offload and ON_CPU:
+        raise ConfigError(
+            "optimizer.optimizer_cpu_offload moves state from GPUs to the host; PyTorch sees no GPU: set it to false"
+        )
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None and model.fp8 is not None and not use_transformer_engine():
+            raise ConfigError(
+                f"{name}.fp8 {model.fp8} needs a GPU and Transformer Engine, which do not work here: leave it out, or "
+                "run in a container that has them"
+            )
 
 
 def load_student(run: Run) -> GPTModel:

@@ -176,6 +176,19 @@ def test_a_deterministic_run_gives_the_same_bits_twice(tmp_path: Path, data: Pat
     assert found[0] == found[1]
 
 
+def test_an_optimizer_in_host_memory_takes_the_same_steps(tmp_path: Path, data: Path) -> None:
+    """Also over a resumption in the middle."""
+    found = {}
+    for name, offload, ends in (("device", False, [4]), ("host", True, [2, 4])):
+        options = {"optimizer_cpu_offload": offload, "lr": 1e-3}
+        path = config_file(tmp_path / name, data, optimizer=options, training={"train_iters": 4, "precision": "bf16"})
+        for end in ends:
+            command = [sys.executable, "-m", "megatron_tropd", "train", str(path), f"--training.train_iters={end}"]
+            _run(command, {**ON_CPU, "CUDA_VISIBLE_DEVICES": "0"})
+        found[name] = {line["step"]: line["loss"] for line in _metrics(tmp_path / name) if "loss" in line}
+    assert found["host"] == pytest.approx(found["device"], rel=2e-2)
+
+
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 

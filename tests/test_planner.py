@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_tropd.config import Config, DataConfig, GuidanceConfig, ModelConfig, RolloutConfig, TrainingConfig
+from megatron_tropd.config import (
+    Config,
+    DataConfig,
+    GuidanceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainingConfig,
+)
 from megatron_tropd.config_checks import problems
 from megatron_tropd.planner import activation_bytes, model_parameters, rank_memory, stage_parameters, weight_bytes
 from megatron_tropd.planner.hardware import GPUS, Assumptions
@@ -130,6 +139,23 @@ def test_what_cannot_fit_is_not_offered() -> None:
     assert plans(run, 1, GPUS["H100"], Assumptions()) == []
     assert plans(replace(run, training=TrainingConfig(global_batch_size=8)), 64, GPUS["H100"], Assumptions())
     assert plans(replace(run, training=TrainingConfig(global_batch_size=3)), 64, GPUS["H100"], Assumptions()) == []
+
+
+def test_an_offloaded_optimizer_leaves_the_device_and_costs_time() -> None:
+    plain = config("qwen3-8b", "qwen3-32b", parallel=ParallelConfig(tensor_model_parallel_size=8))
+    half = OptimizerConfig(optimizer_cpu_offload=True, optimizer_offload_fraction=0.5)
+    cases = [
+        plain,
+        replace(plain, optimizer=half),
+        replace(plain, optimizer=OptimizerConfig(optimizer_cpu_offload=True)),
+    ]
+    states = [rank_memory(case, 8)["stage 0"].optimizer for case in cases]
+    assert states[1] == states[0] // 2 and states[2] == 0
+    seconds = [step_time(case, 8, GPUS["H100"], Assumptions()).optimizer for case in cases]
+    # 30 bytes a parameter through the host's memory, 8 over the bus.
+    parameters = stage_parameters(plain.student, 8, 1)[0]
+    assert seconds[2] == pytest.approx(parameters * (30 / 40e9 + 8 / 20e9), rel=1e-6)
+    assert seconds[0] < seconds[1] < seconds[2]
 
 
 def test_every_teacher_has_its_weights_on_the_device_unless_they_are_offloaded() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.ranks import run_ranks
@@ -277,6 +278,11 @@ def test_inputs_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path, data: 
         "'ttropd'; did you mean 'tropd'": {"objective": "ttropd"},
         "training.global_batch_size 20 must be a multiple": {"training": {"global_batch_size": 20}},
     }
+    if not torch.cuda.is_available():
+        cases |= {
+            "optimizer_cpu_offload moves state from GPUs": {"optimizer": {"optimizer_cpu_offload": True}},
+            "teacher.fp8 hybrid needs a GPU and Transformer Engine": {"teacher": {"fp8": "hybrid"}},
+        }
     paths = [config_file(tmp_path / str(index), data, **sections) for index, sections in enumerate(cases.values())]
     for message, both in zip(cases, _messages(*paths), strict=True):
         assert all(message in text for text in both), (message, both)

@@ -59,6 +59,8 @@ class Assumptions:
     graphs."""
     host_bandwidth: float = 20e9
     """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
+    host_memory_bandwidth: float = 40e9
+    """Bytes/s of a host's memory for each of its eight GPUs: an optimizer's step where its state is there."""
     mean_length: float = 0.5
     """Mean length of prompts and of responses, as a share of their budgets; the longest response of a batch fills its
     budget."""

@@ -30,7 +30,8 @@ class RankMemory:
     gradients: int
     """fp32, over all data-parallel ranks the same."""
     optimizer: int
-    """fp32 weights (for bf16 models) and Adam's two moments, divided by the data-parallel size where distributed."""
+    """fp32 weights (for bf16 models) and Adam's two moments, divided by the data-parallel size where distributed; what
+    waits in host memory does not count."""
     activations: int
     """What the student's forward saves for the backward, for all micro-batches in flight."""
     teacher_hidden: int
@@ -186,6 +187,8 @@ class _Rank:
             data=sizes.data,
             distributed=config.optimizer.use_distributed_optimizer,
         )
+        if config.optimizer.optimizer_cpu_offload:
+            optimizer = round(optimizer * (1 - config.optimizer.optimizer_offload_fraction))
         one_micro_batch = partial(
             activation_bytes,
             config.student,

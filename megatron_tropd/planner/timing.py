@@ -208,4 +208,8 @@ def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumption
     shards = layout.data if config.optimizer.use_distributed_optimizer else 1
     # Gradient and three fp32 values read, three and the weight written.
     touched = count / shards * (4 + 12 + 12 + e)
-    return moved / (link * assumed.network_efficiency), touched / (gpu.memory_bandwidth * assumed.memory_efficiency)
+    on_host = config.optimizer.optimizer_offload_fraction if config.optimizer.optimizer_cpu_offload else 0.0
+    step = (1 - on_host) * touched / (gpu.memory_bandwidth * assumed.memory_efficiency)
+    # The gradient in fp32 to the host, the step there, the weight in fp32 back.
+    step += on_host * (touched / assumed.host_memory_bandwidth + count / shards * 8 / assumed.host_bandwidth)
+    return moved / (link * assumed.network_efficiency), step
