@@ -3,10 +3,11 @@ PYTHON := .venv/bin/python
 READY := .venv/.ready
 REAL := .venv/.demo-real
 TRACKERS := .venv/.trackers
+FUZZER := .venv/.fuzzer
 AUDIT := .venv/audit/bin/pip-audit
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-real study test slow gpu faults soak audit lint types check clean
+.PHONY: help setup demo demo-real study test slow gpu faults fuzz soak audit lint types check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -47,6 +48,13 @@ gpu: $(READY)  ## what needs a GPU: compiled kernels, NCCL, bf16, whole runs aga
 
 faults: $(READY)  ## kill ranks at random moments, TRIALS=50 times; every restart must end bit for bit the same
 	@PYTHONPATH=. $(PYTHON) tools/faults.py --trials=$(or $(TRIALS),50)
+
+$(FUZZER): $(READY) constraints.txt
+	@PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip install --quiet atheris
+	@touch $(FUZZER)
+
+fuzz: $(FUZZER)  ## fuzz the readers of untrusted files by coverage, SECONDS=120 each; failing bytes into runs/fuzz
+	@$(PYTHON) tools/fuzz.py --seconds=$(or $(SECONDS),120)
 
 soak: $(READY)  ## 2,000 small steps with restarts: memory, file handles and step time into benchmarks/soak.md
 	@$(PYTHON) tools/soak.py --out=benchmarks/soak.md

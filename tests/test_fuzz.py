@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import tempfile
@@ -16,21 +15,16 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_tropd.answers import AnswerStore
-from megatron_tropd.config import ConfigError, ModelConfig
-from megatron_tropd.config_checks import validate
-from megatron_tropd.config_parser import field_names, load_config
-from megatron_tropd.data import read_prompts
-from megatron_tropd.integrity import CheckpointError, refuse_unsafe_pickle, seal, verify
-from megatron_tropd.jsonl import DataError
-from megatron_tropd.tokenizer import CharacterTokenizer
+from megatron_tropd.config import ModelConfig
+from megatron_tropd.config_parser import field_names
+from megatron_tropd.integrity import CheckpointError, refuse_unsafe_pickle
+from tests.fuzzed_readers import CHECKPOINT_FILES, read_checkpoint, read_config, read_jsonl
 
 CASES = pytest.mark.parametrize(
     "cases", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 SECONDS_PER_CASE = 10
 """Of CPU time; what never ends is pytest's timeout's to find."""
-TOKENIZER = CharacterTokenizer("0123456789+=")
 
 scalars = (
     st.none()
@@ -112,18 +106,8 @@ files = st.lists(lines | prompt_lines | st.binary(max_size=60), max_size=6).map(
 
 @CASES
 def test_jsonl(cases: int, record_property: Callable[[str, object], None]) -> None:
-    def read(folder: Path, content: bytes) -> None:
-        path = folder / "file.jsonl"
-        path.write_bytes(content)
-        for attempt in (
-            lambda: read_prompts(path, TOKENIZER, 8, "skip"),
-            lambda: read_prompts(path, TOKENIZER, 8, "refuse", max_answer_length=4),
-            lambda: AnswerStore.read(str(path), TOKENIZER.fingerprint, TOKENIZER.vocab_size),
-        ):
-            with contextlib.suppress(DataError):
-                attempt()
-
-    record_property("trials", ("prompt files and answer stores fuzzed", check(cases, files, read)))
+    count = check(cases, files, read_jsonl)
+    record_property("trials", ("prompt files and answer stores fuzzed", count))
 
 
 names = sorted({part for name in field_names() for part in name.split(".")})
@@ -163,18 +147,12 @@ YAML_TRICKS = [
 
 @CASES
 def test_yaml(cases: int, record_property: Callable[[str, object], None]) -> None:
-    def read(folder: Path, content: bytes) -> None:
-        path = folder / "config.yaml"
-        path.write_bytes(content)
-        with contextlib.suppress(ConfigError):
-            validate(load_config(path), 2, "train")
-
     dumped = sections.map(lambda tree: yaml.safe_dump(tree).encode("utf-8", errors="surrogatepass"))
     units = [b"[", b"- ", b"{a: ", b"a:\n ", b"&a "]
     small_bombs = st.builds(lambda count, unit: unit * count, st.integers(1, 500), st.sampled_from(units))
     contents = almost_configs() | dumped | st.binary(max_size=80) | small_bombs | st.sampled_from(YAML_TRICKS)
     large_bombs = [unit * 20_000 for unit in units]
-    record_property("trials", ("configs fuzzed", check(cases, contents, read, examples=large_bombs)))
+    record_property("trials", ("configs fuzzed", check(cases, contents, read_config, examples=large_bombs)))
 
 
 class Malicious:
@@ -198,28 +176,6 @@ LONG_NAMES = [
 
 @CASES
 def test_checkpoint_metadata(cases: int, record_property: Callable[[str, object], None]) -> None:
-    import torch  # noqa: F401  (the first import is longer than a case may take)
-
-    from megatron_tropd.checkpoint import latest_checkpoint, read_description
-
-    def read(folder: Path, case: tuple[str, bytes]) -> None:
-        name, content = case
-        step = folder / "step_2"
-        step.mkdir()
-        for other in ("latest", "tropd.json", ".metadata"):
-            (step / other).write_bytes(b"{}" if other == "tropd.json" else pickle.dumps({}))
-        seal(step)
-        (folder / "latest").write_text("step_2")
-        (folder / name if name == "latest" else step / name).write_bytes(content)
-        for attempt in (
-            lambda: verify(step),
-            lambda: refuse_unsafe_pickle(step),
-            lambda: read_description(step),
-            lambda: latest_checkpoint(folder),
-        ):
-            with contextlib.suppress(CheckpointError):
-                attempt()
-
     architecture = st.dictionaries(st.sampled_from(list(ModelConfig.__dataclass_fields__)), scalars, max_size=6)
     keys = ["step", "seed", "vocab_size", "tokenizer", "architecture", "files", "size", "sha256"]
     descriptions = st.fixed_dictionaries({key: scalars for key in keys[:4]} | {"architecture": architecture | scalars})
@@ -233,8 +189,8 @@ def test_checkpoint_metadata(cases: int, record_property: Callable[[str, object]
         | bombs()
         | pickles
     )
-    names = st.sampled_from(["latest", "tropd.json", ".metadata", "manifest.json"])
-    count = check(cases, st.tuples(names, content), read, examples=LONG_NAMES)
+    files = st.tuples(st.sampled_from(CHECKPOINT_FILES), content)
+    count = check(cases, files, lambda folder, case: read_checkpoint(folder, *case), examples=LONG_NAMES)
     record_property("trials", ("checkpoint metadata files fuzzed", count))
 
 
