@@ -20,7 +20,7 @@ SECONDS = 3.0
 def _train(configs: list[str], kill_at: int | None = None) -> list[int]:
     """Train each config; with ``kill_at``, writers of step 4 take long and rank 1 dies in that step.
 
-    Returns the number of writers alive after each step of the last run.
+    Returns the number of writers alive after each step.
     """
     import multiprocessing
     import os
@@ -46,7 +46,6 @@ def _train(configs: list[str], kill_at: int | None = None) -> list[int]:
 
     trainer.train_step = counted
     for path in configs:
-        alive.clear()
         trainer.train(load_config(path))
     return alive
 
@@ -59,21 +58,19 @@ def test_a_run_that_saves_in_the_background_is_the_run_that_waits(tmp_path: Path
         name: str(config_file(tmp_path / name, data, training={"async_save": name != "whole", "keep_checkpoints": 0}))
         for name in runs
     }
-    found = run_ranks(2, _train, [configs["whole"], configs["background"]], timeout=200)
-    assert all(max(alive) <= 1 for alive in found)
-    for step in (2, 4, 6):
-        verify(runs["background"] / "checkpoints" / f"step_{step}")
-
     with pytest.raises(AssertionError, match="ended without a word"):
-        run_ranks(2, _train, [configs["killed"]], 4, timeout=200, init_process_group=False)
+        run_ranks(2, _train, [configs["killed"]], 4, timeout=200)
     checkpoints = runs["killed"] / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_2", "step_4.incomplete"]
     assert (checkpoints / "latest").read_text() == "step_2"
     time.sleep(SECONDS + 1)
     # A writer ends with its rank: nothing comes into a folder that the restarted run may be writing to.
     assert not list((checkpoints / "step_4.incomplete").glob("*.distcp"))
-    run_ranks(2, _train, [configs["killed"]], timeout=200, init_process_group=False)
+    found = run_ranks(2, _train, list(configs.values())[::-1], timeout=200)
+    assert all(max(alive) <= 1 for alive in found)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_2", "step_4", "step_6"]
+    for step in (2, 4, 6):
+        verify(runs["background"] / "checkpoints" / f"step_{step}")
     expected = _weights(runs["whole"])
     for name in ("background", "killed"):
         other = _weights(runs[name])

@@ -104,56 +104,71 @@ def _samples(folder: Path) -> set[int]:
     return {json.loads(line)["sample_id"] for file in folder.iterdir() for line in file.read_text().splitlines()}
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "skip": {"on_refused": "skip", "max_dumped_samples": 3},
+    "back": {"on_refused": "rollback"},
+    "stop": {},
+    "few": {"on_refused": "skip", "max_refused_steps": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, dict[tuple[str, str], dict[str, Any]]]:
+    """Whole runs: their folder, and how each (layout, name) ended, which is the same on both ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    names = [("dp2", name) for name in RUNS] + [("tp2", "skip"), ("tp2", "back")]
+    configs = [_config(folder / layout / name, data, layout, **RUNS[name]) for layout, name in names]
+    first, second = run_ranks(2, _train, configs, timeout=300)
+    assert first == second
+    return folder, dict(zip(names, first, strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refused_steps_are_skipped_or_rolled_back_alike_on_every_rank(
-    tmp_path: Path,
-    data: Path,
-    layout: str,
+    runs: tuple[Path, dict[tuple[str, str], dict[str, Any]]], layout: str
 ) -> None:
-    skip = _config(tmp_path / "skip", data, layout, on_refused="skip", max_dumped_samples=3)
-    back = _config(tmp_path / "back", data, layout, on_refused="rollback")
-    stop = _config(tmp_path / "stop", data, layout)
-    few = _config(tmp_path / "few", data, layout, on_refused="skip", max_refused_steps=0)
-    first, second = run_ranks(2, _train, [skip, back, stop, few], timeout=200)
-    assert first == second
-    skipped, rolled_back, stopped, limited = first
+    folder, ends = runs[0] / layout, runs[1]
+    skipped, rolled_back = ends[layout, "skip"], ends[layout, "back"]
     assert skipped["error"] == "" and skipped["num_refused"] >= 1 and skipped["calls"] == 8
-    lines = _metrics(tmp_path / "skip" / "run")
+    lines = _metrics(folder / "skip" / "run")
     refused = [line for line in lines if "refused_steps" in line]
     assert [line["refused_steps"] for line in refused] == list(range(1, skipped["num_refused"] + 1))
     assert all("loss" not in line for line in refused)
     # The 3 worst of a global batch for each refused step, and nothing else.
-    assert len(_samples(tmp_path / "skip" / "run" / "refused")) == 3 * len(refused)
+    assert len(_samples(folder / "skip" / "run" / "refused")) == 3 * len(refused)
 
     assert rolled_back["error"] == "" and rolled_back["num_refused"] >= 1
     assert rolled_back["calls"] == 8 + rolled_back["batches_ahead"], "as many more batches as were gone back for"
-    lines = _metrics(tmp_path / "back" / "run")
+    lines = _metrics(folder / "back" / "run")
     assert [line["step"] for line in lines] == list(range(9)) and not any("refused_steps" in line for line in lines)
     # No prompt of a refused step is trained on: its samples are in no step's file.
-    trained = _samples(tmp_path / "back" / "run" / "rollouts")
-    assert trained.isdisjoint(_samples(tmp_path / "back" / "run" / "refused")) and len(trained) >= 8 * 8
+    trained = _samples(folder / "back" / "run" / "rollouts")
+    assert trained.isdisjoint(_samples(folder / "back" / "run" / "refused")) and len(trained) >= 8 * 8
 
-    for end, folder in ((stopped, "stop"), (limited, "few")):
-        assert f"guard.max_grad_norm_ratio {RATIO} times its median over the last" in end["error"]
-        assert end["num_refused"] == 1 and list((tmp_path / folder / "run" / "refused").iterdir())
-    assert "more than guard.max_refused_steps 0" in limited["error"]
+
+@pytest.mark.parametrize("name", ["stop", "few"])
+def test_a_refused_step_or_one_too_many_ends_the_run(
+    runs: tuple[Path, dict[tuple[str, str], dict[str, Any]]], name: str
+) -> None:
+    end = runs[1]["dp2", name]
+    assert f"guard.max_grad_norm_ratio {RATIO} times its median over the last" in end["error"]
+    assert end["num_refused"] == 1 and list((runs[0] / "dp2" / name / "run" / "refused").iterdir())
+    assert ("more than guard.max_refused_steps 0" in end["error"]) == (name == "few")
 
 
 def test_a_killed_run_resumes_with_its_guard_and_its_rollbacks_bit_for_bit(
-    tmp_path: Path,
-    data: Path,
+    runs: tuple[Path, dict[tuple[str, str], dict[str, Any]]], tmp_path: Path, data: Path
 ) -> None:
     import torch
 
-    whole = _config(tmp_path / "whole", data, "dp2", on_refused="rollback")
-    killed = _config(tmp_path / "killed", data, "dp2", on_refused="rollback")
-    (end,), _ = run_ranks(2, _train, [whole], timeout=200, init_process_group=False)
+    end, whole = runs[1]["dp2", "back"], runs[0] / "dp2" / "back" / "run"
+    killed = _config(tmp_path, data, "dp2", **RUNS["back"])
     with pytest.raises(AssertionError, match="ended without a word"):
-        run_ranks(2, _train, [killed], end["calls"] - 1, timeout=200, init_process_group=False)
-    (resumed,), _ = run_ranks(2, _train, [killed], timeout=200, init_process_group=False)
+        run_ranks(2, _train, [killed], end["calls"] - 1, timeout=200)
+    (resumed,), _ = run_ranks(2, _train, [killed], timeout=200)
     assert end["num_refused"] >= 1 and 0 < resumed["calls"] < end["calls"]
     assert {**resumed, "calls": 0} == {**end, "calls": 0}
-    expected, found = _weights(tmp_path / "whole" / "run"), _weights(tmp_path / "killed" / "run")
+    expected, found = _weights(whole), _weights(tmp_path / "run")
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
-    assert _metrics(tmp_path / "whole" / "run") == _metrics(tmp_path / "killed" / "run")
+    assert _metrics(whole) == _metrics(tmp_path / "run")
