@@ -73,8 +73,8 @@ class ModelConfig:
     num_layers_in_last_pipeline_stage: int | None = None
     """Uneven pipeline split: layers on the last stage; None: even."""
     load: str | None = None
-    """Folder to take the weights from: a checkpoint (a run's checkpoints folder or one step of it) or a Hugging Face
-    model; None: random."""
+    """Folder to take the weights from: a checkpoint (a run's checkpoints folder or one step of it), one of Megatron-LM
+    (torch_dist), or a Hugging Face model; None: random."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,9 @@ class TrainingConfig:
     allow_config_changes: bool = False
     """Resume although the config, or an input file, has changed where that makes it another experiment. What changed is
     logged."""
+    allow_legacy_checkpoints: bool = False
+    """Take weights also from checkpoints of Megatron-LM whose common.pt is a pickle (Megatron-Core before 0.19): to
+    read one can run code. This one is read with limits; still, only do so with files that you trust."""
     max_log_prob_gap: float | None = None
     """Largest mean |trainer - engine| log-prob of the sampled tokens, in nats, that a step may have; a larger one stops
     the run. None: only logged."""

@@ -19,6 +19,7 @@ from megatron_tropd.config_checks import problems
 from megatron_tropd.exports import export_reference, exports
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
+from megatron_tropd.megatron_lm import check_arguments, iteration_in
 from megatron_tropd.planner import (
     Sizes,
     element_bytes,
@@ -97,7 +98,7 @@ def check(config: Config, world_size: int) -> Findings:
             models.append((f"teachers.{name}", replace(config.teacher, load=folder), teacher_tokenizer))
     for name, model, own_tokenizer in models:
         if model is not None:
-            _check_weights(name, model, own_tokenizer, found)
+            _check_weights(name, model, own_tokenizer, found, allow_legacy=config.training.allow_legacy_checkpoints)
     _check_resume(config, tokenizer, found)
     if exports(config):
         with found.collect():
@@ -144,7 +145,7 @@ def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokeniz
             store.answer(prompt, 0)
 
 
-def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: Findings) -> None:
+def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: Findings, *, allow_legacy: bool) -> None:
     if model.load is None:
         found.warnings.append(f"{name}.load is not set: the {name} starts with random weights")
         return
@@ -153,6 +154,9 @@ def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: F
         if not folder.exists():
             raise FileNotFoundError(f"{name}.load {folder} is not there: correct the path, or take the field out")
         if not is_huggingface(folder):
+            if (iteration := iteration_in(folder)) is not None:
+                check_arguments(iteration, model, allow_legacy=allow_legacy)
+                return
             path = resolve(folder)
             description = read_description(path)
             seed, fingerprint = description.seed, tokenizer.fingerprint

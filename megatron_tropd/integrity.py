@@ -17,7 +17,8 @@ from megatron_tropd.jsonl import DataError, parse_object
 
 MANIFEST = "manifest.json"
 _METADATA = ".metadata"
-_LEGACY_PICKLE = "common.pt"
+LEGACY_PICKLE = "common.pt"
+"""Where Megatron-Core before 0.19 kept what is not a tensor."""
 _DTYPES = (
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
     "int64", "int32", "int16", "int8", "uint8", "bool",
@@ -25,6 +26,8 @@ _DTYPES = (
 _SAFE_GLOBALS = {
     "builtins": {"set", "frozenset", "slice", "int", "float", "bool", "str", "bytes", "dict", "list", "tuple"},
     "collections": {"OrderedDict"},
+    # Empty classes there, which stand for those of older versions.
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "torch": {"Size", *_DTYPES},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -76,15 +79,20 @@ _ADVICE = "; restore it, or set training.fall_back=true to continue from the new
 
 
 def refuse_unsafe_pickle(folder: Path) -> None:
-    """Refuse what PyTorch and Megatron would unpickle without limits: a legacy ``common.pt``, a foreign ``.metadata``.
-
-    ``.metadata`` is read with an unpickler that knows the checkpoint's own types alone; nothing else is even imported.
-    """
-    if (folder / _LEGACY_PICKLE).exists():
+    """Refuse pickles that have no place in a checkpoint of this package: ``common.pt``, a foreign ``.metadata``."""
+    if (folder / LEGACY_PICKLE).exists():
         raise CheckpointError(
-            f"{folder / _LEGACY_PICKLE} is a pickle of an older Megatron and could run code when it is read: load and "
-            "save the checkpoint with Megatron-Core 0.19 or newer where you trust it"
+            f"{folder / LEGACY_PICKLE} is a pickle that could run code when it is read, and no run of this package "
+            "writes one: use another checkpoint"
         )
+    refuse_unsafe_metadata(folder)
+
+
+def refuse_unsafe_metadata(folder: Path) -> None:
+    """Refuse a ``.metadata`` that is more than a checkpoint's.
+
+    It is read with an unpickler that knows the checkpoint's own types alone; nothing else is even imported.
+    """
     path = folder / _METADATA
     try:
         with path.open("rb") as file:

@@ -30,6 +30,7 @@ from megatron_tropd.hf_config import HuggingFaceError, is_huggingface
 from megatron_tropd.huggingface import load_huggingface
 from megatron_tropd.integrity import write_durably
 from megatron_tropd.layer_spec import use_transformer_engine
+from megatron_tropd.megatron_lm import find_iteration, load_megatron_lm
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
@@ -287,6 +288,9 @@ def _load(
     if is_huggingface(folder):
         check_tokenizer(tokenizer, folder, size)
         load_huggingface(folder, model, layout, config, vocab_size=size)
+    elif (path := find_iteration(folder)) is not None:
+        allow = run.config.training.allow_legacy_checkpoints
+        load_megatron_lm(path, model, config, vocab_size=size, allow_legacy=allow)
     else:
         load_weights(folder, model, config, vocab_size=size, tokenizer=tokenizer.fingerprint)
     return model

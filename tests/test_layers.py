@@ -88,6 +88,7 @@ LEVELS = [
     {"exports", "preprocessing", "prompt_sources", "refit", "teachers"},
     {"step"},
     {"checkpoint"},
+    {"megatron_lm"},
     {"run"},
     {"engines"},
     {"dry_run", "evaluate", "generate"},
