@@ -300,3 +300,24 @@ def _resume_with_another_learning_rate(folder: str) -> tuple[float, float, int]:
     weight_decay = max(group["weight_decay"] for group in learner.optimizer.param_groups)
     load_checkpoint(path, learner, _description(0))  # as a rollback does
     return metrics["learning_rate"], weight_decay, learner.scheduler.num_steps
+
+
+def test_the_newest_stay_and_every_so_many_steps_one_besides(tmp_path: Path) -> None:
+    from megatron_tropd.checkpoint import _prune
+
+    for step in range(1, 11):
+        (tmp_path / f"step_{step}").mkdir()
+        _prune(tmp_path, 2, newest=tmp_path / f"step_{step}", keep_every=4)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_4", "step_8", "step_9", "step_10"}
+
+
+@pytest.mark.parametrize("name", ["../latest", "/etc/hostname", "..", "", "a/b", "a\0b"])
+def test_a_manifest_names_files_of_its_folder_alone(two_steps: Path, name: str) -> None:
+    from megatron_tropd.checkpoint import CheckpointError
+    from megatron_tropd.integrity import verify
+
+    manifest = two_steps / "step_4" / "manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    manifest.write_text(json.dumps({"files": files | {name: {"size": 6, "sha256": ""}}}))
+    with pytest.raises(CheckpointError, match="not a list of file names"):
+        verify(two_steps / "step_4")

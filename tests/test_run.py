@@ -123,7 +123,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
 
 
-@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}])
+@pytest.mark.parametrize("layout", [{"pipeline_model_parallel_size": 2}, {}])  # tensor parallel: test_faults.py
 def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Path, data: Path, layout: dict) -> None:
     import torch
 
@@ -153,6 +153,28 @@ def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Pa
     assert not any(line["clipped_ratio_share"] for line in fresh)
     if stale:  # the engine sampled with the weights before the last step
         assert max(line["log_prob_gap"] for line in stale) > 1e-3
+    _check_falling_back(tmp_path / "killed" / "run", killed, expected)
+
+
+def _check_falling_back(run: Path, config: Path, expected: dict[str, Any]) -> None:
+    """With its last checkpoint damaged the run stops or, by option, takes the one before and ends as it had ended."""
+    import torch
+
+    shard = max((run / "checkpoints" / "step_6").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    falling_back = config.with_name("falling_back.yaml")
+    sections = yaml.safe_load(config.read_text())
+    sections["training"]["fall_back"] = True
+    falling_back.write_text(yaml.safe_dump(sections))
+    refused, resumed = _messages(config, falling_back)
+    assert all(f"{shard.name} is damaged" in text and "training.fall_back=true" in text for text in refused)
+    assert resumed == ["no error"] * 2
+    events = [json.loads(line) for line in (run / "logs" / "rank_0.jsonl").read_text().splitlines()]
+    assert any("falling back to step_4" in event.get("message", "") for event in events)
+    found = _weights(run)
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
 def _train_to_a_target(path: str) -> None:

@@ -207,3 +207,13 @@ def test_a_run_whose_teacher_has_more_ids_or_fewer(tmp_path: Path, folder: Path)
             continue
         run_ranks(1, _train, str(path), None, timeout=100, init_process_group=False)
         assert _metrics(path.parent / "run")[0]["response_tokens"] > 0
+
+
+def test_code_that_a_tokenizer_folder_brings_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "</s>": 1}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="transformers cannot read its tokenizer"):
+        HuggingFaceTokenizer(tmp_path)
+    assert not (tmp_path / "pwned").exists()

@@ -191,8 +191,11 @@ def test_a_hung_rank_ends_the_whole_job_and_is_named(
 
 
 def test_torchrun_starts_a_killed_run_again_and_it_continues(tmp_path: Path, data: Path) -> None:
-    finished, _ = _torchrun(tmp_path, config_file(tmp_path, data), "kill", "--max-restarts=1")
+    config = config_file(tmp_path, data, training={"keep_checkpoints": 1, "keep_every": 4})
+    finished, _ = _torchrun(tmp_path, config, "kill", "--max-restarts=1")
     assert finished.returncode == 0 and (tmp_path / "happened").exists(), finished.stderr
     assert "resumed from" in finished.stderr
     assert [line["step"] for line in _metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_6"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_4", "step_6"]
+    assert (checkpoints / "latest").read_text() == "step_6"
