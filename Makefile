@@ -40,7 +40,7 @@ $(TRACKERS): $(READY) constraints.txt
 	@PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip install --quiet wandb mlflow-skinny
 	@touch $(TRACKERS)
 
-slow: $(REAL) $(TRACKERS)  ## the slow part of the test suite
+slow: $(REAL) $(TRACKERS) $(FUZZER)  ## the slow part of the test suite
 	@$(PYTHON) -m pytest -m slow
 
 gpu: $(READY)  ## what needs a GPU: compiled kernels, NCCL, bf16, whole runs against the CPU's

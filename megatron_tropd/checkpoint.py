@@ -264,7 +264,7 @@ def resolve(path: Path) -> Path:
             return newest
     raise CheckpointError(
         f"no checkpoint at {path}: expected a step_N folder with {DESCRIPTION}, a folder with a '{LATEST}' file, or, "
-        "to take weights from, a Hugging Face folder with config.json"
+        "to take weights from, a Hugging Face folder with config.json or a checkpoint of Megatron-LM"
     )
 
 

@@ -7,6 +7,7 @@ import types
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -35,9 +36,9 @@ def build_parser(command: str, description: str, *, with_teacher: bool = True) -
     parser.add_class_arguments(Config, skip={"teacher"})
     if with_teacher:
         parser.add_class_arguments(ModelConfig, "teacher")
-    sections = {name for name, section in _sections(Config).items() if section is not None}
+    shown = {"help", *field_names()} - {name for name, section in _sections(Config).items() if section is not None}
     for action in parser._actions:  # jsonargparse's own options: the command line takes fields alone
-        if action.dest != "help" and action.dest not in set(field_names()) - sections:
+        if action.dest not in shown:
             action.help = SUPPRESS
     return parser
 
@@ -59,7 +60,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if values.get("teacher", {}) is None:
         del values["teacher"]
     with_teacher = "teacher" in values or any(override.startswith("--teacher.") for override in overrides)
-    parser = build_parser("train", "", with_teacher=with_teacher)
+    parser = _parser_of_files(with_teacher)
     # Every scalar quoted or tagged: what was a string in the file ("1e3") stays one.
     text = yaml.safe_dump(values, default_style='"')
     try:
@@ -70,6 +71,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = Config(**{field.name: sections[field.name] for field in fields(Config) if field.name in sections})
     _refuse_null(config, "", str(path))
     return config
+
+
+@cache
+def _parser_of_files(with_teacher: bool) -> ArgumentParser:
+    return build_parser("train", "", with_teacher=with_teacher)
 
 
 def _refuse_null(section: Any, prefix: str, where: str) -> None:
@@ -98,6 +104,7 @@ def field_names(cls: type = Config, prefix: str = "") -> Iterator[str]:
             yield from field_names(section, f"{prefix}{name}.")
 
 
+@cache
 def _sections(cls: type) -> dict[str, Any]:
     """Field name to its dataclass, or None for a plain value."""
     result: dict[str, Any] = {}

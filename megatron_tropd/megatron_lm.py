@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ _FIXED = {
     "squared_relu": False, "window_size": None,
 }  # fmt: skip
 """Arguments that change what a model of the same shapes computes, and the one value each that this package builds."""
+_PLAIN = (int, float, str, type(None))
 
 
 def find_iteration(folder: Path) -> Path | None:
@@ -138,25 +140,34 @@ def _read_legacy(path: Path, *, allow: bool) -> Any:
 
 
 def _read_common(path: Path) -> Any:
-    try:
+    with _damage_named(path):
         return load_common_state_dict(path)
-    except Exception as error:  # bytes of a shard, which nothing vouches for: a damaged pickle raises anything at all
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """A CheckpointError, whatever the bytes do to their reader: no manifest vouches for them."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # a damaged pickle raises anything at all
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:300]})") from error
 
 
 def differing_arguments(arguments: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """What the arguments say of the model that is not what ``config`` says; what they leave out is not compared."""
     wanted = {_NAMES.get(name, name): value for name, value in architecture(config).items()} | _FIXED
+    found = {name: value if isinstance(value, _PLAIN) else repr(value) for name, value in arguments.items()}
     # Megatron-LM keeps numbers of what is switched off.
-    if not arguments.get("group_query_attention"):
-        arguments = {**arguments, "num_query_groups": arguments.get("num_attention_heads")}
-    unused = set() if arguments.get("use_rope_scaling") else {"rope_scaling_factor"}
+    if not found.get("group_query_attention", True):
+        found["num_query_groups"] = found.get("num_attention_heads")
+    if not found.get("use_rope_scaling", True):
+        found["rope_scaling_factor"] = None
     if config.num_moe_experts is None:
-        unused |= {name for name in wanted if name.startswith("moe_")}
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("moe_")}
     return [
-        f"{name}: the checkpoint has {arguments[name]!r}, this run {value!r}"
+        f"{name}: the checkpoint has {found[name]!r}, this run {value!r}"
         for name, value in wanted.items()
-        if name in arguments and name not in unused and arguments[name] != value
+        if name in found and found[name] != value
     ]
 
 
@@ -182,5 +193,6 @@ def _differing_tensors(path: Path, state: ShardedStateDict, *, vocab_size: int) 
 
 def _shapes_in(path: Path, *, parts: set[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's tensors in the checkpoint; optimizer states are left out."""
-    entries = dist_checkpointing.load_tensors_metadata(str(path))
+    with _damage_named(path):
+        entries = dist_checkpointing.load_tensors_metadata(str(path))
     return {key: tuple(entry.global_shape) for key, entry in entries.items() if key.split(".")[0] in parts}

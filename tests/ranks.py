@@ -61,7 +61,7 @@ def _context() -> multiprocessing.context.BaseContext:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_tropd.trainer", "tests.tiny"])
+    context.set_forkserver_preload(["megatron_tropd.trainer", "matplotlib.pyplot", "tests.tiny"])
     return context
 
 

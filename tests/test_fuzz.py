@@ -200,3 +200,16 @@ def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, protocol
     with pytest.raises(CheckpointError, match="not part of a checkpoint's metadata"):
         refuse_unsafe_pickle(tmp_path)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.slow
+def test_the_fuzzer_that_is_guided_by_coverage_finds_nothing_in_a_short_run(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    pytest.importorskip("atheris")
+    from tools.fuzz import NAMES, fuzz
+
+    for name in NAMES:
+        count, words = fuzz(name, 30, tmp_path)
+        assert count > 20 and not words, words
+        record_property("trials", ("cases drawn by coverage", count))

@@ -160,7 +160,14 @@ def _check_a_pickle_that_runs_code(folder: Path) -> None:
     torch.save({"iteration": 7}, legacy / "common.pt")
     with pytest.raises(CheckpointError, match="does not say of which model it is"):
         check_arguments(legacy, STUDENT, allow_legacy=True)
+    (legacy / "common.pt").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(CheckpointError, match="is damaged, or holds"):
+        check_arguments(legacy, STUDENT, allow_legacy=True)
     new = folder / "iter_0000007"
+    for shard in new.glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="iter_0000007 is damaged"):
+        check_arguments(new, STUDENT, allow_legacy=False)
     (new / ".metadata").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(CheckpointError, match="not part of a checkpoint's metadata"):
         check_arguments(new, STUDENT, allow_legacy=True)
@@ -176,6 +183,7 @@ def _check_a_pickle_that_runs_code(folder: Path) -> None:
         ({"norm_epsilon": 1e-6}, "norm_epsilon: the checkpoint has 1e-06, this run 1e-05"),
         ({"num_experts": 8}, "num_experts: the checkpoint has 8, this run None"),
         ({"use_rope_scaling": True}, "rope_scaling_factor: the checkpoint has 8.0, this run None"),
+        ({"window_size": (128, 0)}, "window_size: the checkpoint has '(128, 0)', this run None"),
         ({"rotary_percent": 0.5}, "rotary_percent: the checkpoint has 0.5, this run 1.0"),
         ({"apply_layernorm_1p": True}, "apply_layernorm_1p: the checkpoint has True, this run False"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type: the checkpoint has"),
@@ -187,6 +195,13 @@ def test_arguments_that_make_another_model_are_named(changes: dict[str, Any], di
     found = differing_arguments(ARGUMENTS | changes, STUDENT)
     assert len(found) == (difference is not None)
     assert difference is None or difference in found[0]
+
+
+def test_rope_scaling_that_only_the_config_has_is_another_model() -> None:
+    from megatron_tropd.megatron_lm import differing_arguments
+
+    found = differing_arguments(ARGUMENTS, replace(STUDENT, rope_scaling_factor=8.0))
+    assert found == ["rope_scaling_factor: the checkpoint has None, this run 8.0"]
 
 
 def test_which_iteration_a_folder_means_and_what_is_never_read(tmp_path: Path) -> None:

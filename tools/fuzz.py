@@ -4,7 +4,7 @@
 
 The suite's hypothesis tests draw likely files; this draws whatever reaches new lines. Each reader of
 ``tests/fuzzed_readers.py`` runs in a process of its own for the given time. What is neither a value nor one of the
-package's named errors, takes more than ten seconds, or writes beside its folder is a failure, and its bytes are kept.
+package's named errors, takes more than a minute, or writes beside its folder is a failure, and its bytes are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-SECONDS_PER_CASE = 10
+SECONDS_PER_CASE = 60
 NAMES = ("jsonl", "config", "checkpoint")
 
 
