@@ -1,8 +1,9 @@
 """The store of teacher answers: JSONL files of token ids, written ahead of training and safe to continue.
 
 The first line of a file is the header; every further line is one answer, several for a prompt allowed. The end token
-of a finished answer is one of its tokens. A store is one file, or a folder of such files (shards). Reading checks every
-line and keeps only where it is: the ids stay on disk, memory-mapped, until an answer is asked for.
+of a finished answer is one of its tokens. A store is one file, or a folder of such files (shards), each with an index
+beside it (``answer_index``): opening a store parses no answer, and the ids stay on disk, memory-mapped, until one is
+asked for.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import mmap
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self
 
+from megatron_tropd.answer_index import AnswerIndex, IndexBuilder, index_path, key, read_index, told_if_not_kept
 from megatron_tropd.jsonl import DataError, parse_object
 from megatron_tropd.prompt import Prompt
 
@@ -56,84 +58,96 @@ class Answer:
     """``prompt_digest`` of the prompt it answers."""
 
 
-class _MappedAnswers(Sequence[Answer]):
-    """Answers of one prompt, each parsed from its line when it is asked for."""
-
-    def __init__(self) -> None:
-        self._lines: list[tuple[mmap.mmap, int]] = []
-
-    def append(self, file: mmap.mmap, offset: int) -> None:
-        """Add the line that begins at byte ``offset``, which has been checked."""
-        self._lines.append((file, offset))
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    @overload
-    def __getitem__(self, index: int) -> Answer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Answer]: ...
-    def __getitem__(self, index: int | slice) -> Answer | Sequence[Answer]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        file, offset = self._lines[index]
-        end = file.find(b"\n", offset)
-        line = json.loads(file[offset : end if end >= 0 else len(file)])
-        return Answer(array("i", line["tokens"]), line["finished"], line["prompt_digest"])
-
-
 class AnswerStore:
-    """Teacher answers by prompt id, several for a prompt in the order of the file.
+    """Teacher answers by prompt id, several for a prompt in the order of the files.
 
-    A file is JSONL: an ``AnswerHeader``, then ``{"id", "prompt_digest", "tokens", "finished"}`` for each
-    answer.
+    A file is JSONL: an ``AnswerHeader``, then ``{"id", "prompt_digest", "tokens", "finished"}`` for each answer.
     """
 
-    def __init__(self, header: AnswerHeader, answers: Mapping[str, Sequence[Answer]], name: str = "the store"):
-        """``name`` is how messages call it."""
+    def __init__(self, path: Path, header: AnswerHeader, shards: Sequence[_Shard]):
+        """``read`` makes one."""
         self.header = header
-        self.answers = answers
-        self.name = name
+        self._path = path
+        self._shards = shards
 
     @classmethod
     def read(cls, path: str | Path, tokenizer_fingerprint: str, vocab_size: int) -> Self:
         """A finished store: one file, or a folder whose ``*.jsonl`` are its shards, in the order of their names.
 
-        Raises DataError for another tokenizer, for ids outside [0, vocab_size), for any malformed line.
+        A shard whose index is of another file, or that has none, is read once and gets one. Raises DataError for
+        another tokenizer, for ids outside [0, vocab_size), for any malformed line.
         """
         path = Path(path)
-        shards = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not shards:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
             raise DataError(f"{path}: no teacher answers: the folder has no .jsonl files")
-        headers, answers = [], dict[str, _MappedAnswers]()
-        for shard in shards:
-            file, lines = _map_lines(shard)
-            _, first = next(lines)
-            headers.append(_parse_header(first, f"{shard}:1"))
+        headers, shards = [], []
+        for file in files:
+            mapped = _map_file(file)
+            headers.append(_parse_header(parse_object(mapped.readline(), f"{file}:1"), f"{file}:1"))
             if headers[-1].tokenizer != tokenizer_fingerprint:
                 raise DataError(
-                    f"{shard}: the answers are ids of another tokenizer ({headers[-1].tokenizer[:12]}..., this run has "
+                    f"{file}: the answers are ids of another tokenizer ({headers[-1].tokenizer[:12]}..., this run has "
                     f"{tokenizer_fingerprint[:12]}...): use the same tokenizer or generate answers with this one"
                 )
-            for number, (offset, line) in enumerate(lines, start=2):
-                identifier, _ = _parse_answer(line, f"{shard}:{number}", vocab_size)
-                answers.setdefault(identifier, _MappedAnswers()).append(file, offset)
-        if not answers:
+            index = read_index(file)
+            if index is None or index.largest_id >= vocab_size:  # in the second case to say where
+                index = _make_index(file, mapped, vocab_size)
+            shards.append(_Shard(file, mapped, index, vocab_size))
+        if not any(len(shard.index) for shard in shards):
             raise DataError(f"{path}: no teacher answers: nothing follows the header; run `generate` again")
-        return cls(headers[0], answers, str(path))
+        return cls(path, headers[0], shards)
 
     def answer(self, prompt: Prompt, sample: int) -> Answer:
         """The answer that sample ``sample`` of a prompt continues: the prompt's stored answers in turn."""
-        answers = self.answers.get(prompt.id)
-        if not answers:
-            raise DataError(
-                f"{self.name}: no teacher answer for prompt {prompt.id!r}: run `generate` for these prompts"
-            )
-        answer = answers[sample % len(answers)]
+        found = self._find(prompt)
+        shard, row = found[sample % len(found)]
+        answer = shard.answer(prompt.id, row)
         if answer.prompt_digest != prompt_digest(prompt):
+            raise self._another_text(prompt)
+        return answer
+
+    def require(self, prompts: Iterable[Prompt]) -> None:
+        """DataError where a prompt has no answer, or answers to another text. Parses no line."""
+        for prompt in prompts:
+            digest = key(prompt_digest(prompt))
+            if any(int(shard.index.digests[row]) != digest for shard, row in self._find(prompt)):
+                raise self._another_text(prompt)
+
+    def _find(self, prompt: Prompt) -> list[tuple[_Shard, int]]:
+        found = [(shard, row) for shard in self._shards for row in shard.index.rows(prompt.id)]
+        if not found:
             raise DataError(
-                f"{self.name}: prompt {prompt.id!r} is another text than the teacher answered under that id: "
-                "the prompt file has changed; delete the store and `generate` again"
+                f"{self._path}: no teacher answer for prompt {prompt.id!r}: run `generate` for these prompts"
+            )
+        return found
+
+    def _another_text(self, prompt: Prompt) -> DataError:
+        return DataError(
+            f"{self._path}: prompt {prompt.id!r} is another text than the teacher answered under that id: "
+            "the prompt file has changed; delete the store and `generate` again"
+        )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file of a store, in memory."""
+
+    path: Path
+    mapped: mmap.mmap
+    index: AnswerIndex
+    vocab_size: int
+
+    def answer(self, identifier: str, row: int) -> Answer:
+        """The answer in ``row`` of the index, parsed from its line, which must be that prompt's."""
+        offset = int(self.index.offsets[row])
+        end = self.mapped.find(b"\n", offset)
+        where = f"{self.path}, byte {offset}"
+        line = parse_object(self.mapped[offset : end if end >= 0 else len(self.mapped)], where)
+        found, answer = _parse_answer(line, where, self.vocab_size)
+        if found != identifier:
+            raise DataError(
+                f"{where}: an answer to {found!r}, the index says to {identifier!r}: delete {index_path(self.path)}"
             )
         return answer
 
@@ -151,13 +165,16 @@ class AnswerWriter:
         DataError, leaving the file as it was, where it has another header or is no answer store.
         """
         self.num_answers: Counter[str] = Counter()
-        path = Path(path)
+        self._path = path = Path(path)
+        self._index = IndexBuilder()
         path.parent.mkdir(parents=True, exist_ok=True)
         num_bytes = self._read_existing(path, header.to_line()) if path.exists() else 0
         self._file = path.open("ab")
-        self._file.truncate(num_bytes)
+        if self._file.tell() != num_bytes:  # cutting nothing off is a change too, which the index would notice
+            self._file.truncate(num_bytes)
         if num_bytes == 0:
             self._write(header.to_line())
+            self._index.add_header(header.to_line())
 
     def _read_existing(self, path: Path, expected: bytes) -> int:
         """Count the answers of an unfinished file; returns the size of its complete lines, in bytes."""
@@ -170,21 +187,22 @@ class AnswerWriter:
                     raise DataError(_different_header(where, line, expected))
                 if torn:
                     break
-                if number > 1:
-                    identifier, _ = _parse_answer(parse_object(line, where), where, vocab_size=2**31)
+                if number == 1:
+                    self._index.add_header(line)
+                else:
+                    identifier, answer = _parse_answer(parse_object(line, where), where, vocab_size=2**31)
+                    self._index.add(line, identifier, answer.prompt_digest, answer.tokens)
                     self.num_answers[identifier] += 1
                 num_bytes += len(line)
         return num_bytes
 
     def write(self, prompt: Prompt, tokens: Sequence[int], finished: bool) -> None:
         """Append one answer; ``tokens`` include the end token where it was sampled."""
-        line = {
-            "id": prompt.id,
-            "prompt_digest": prompt_digest(prompt),
-            "tokens": list(tokens),
-            "finished": finished,
-        }
-        self._write(json.dumps(line).encode() + b"\n")
+        digest = prompt_digest(prompt)
+        values = {"id": prompt.id, "prompt_digest": digest, "tokens": list(tokens), "finished": finished}
+        line = json.dumps(values).encode() + b"\n"
+        self._write(line)
+        self._index.add(line, prompt.id, digest, tokens)
         self.num_answers[prompt.id] += 1
 
     def _write(self, line: bytes) -> None:
@@ -192,10 +210,11 @@ class AnswerWriter:
         self._file.flush()
 
     def close(self) -> None:
-        """Force everything to disk and close."""
+        """Force everything to disk, close, and write the index."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._index.save(self._path)
 
     def __enter__(self) -> Self:
         """The writer itself."""
@@ -213,23 +232,28 @@ def prompt_digest(prompt: Prompt) -> str:
     return hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest()[:16]
 
 
-def _map_lines(path: Path) -> tuple[mmap.mmap, Iterator[tuple[int, dict[str, Any]]]]:
-    """The file in memory, and (offset, object) of every line; DataError for what is no JSON object."""
+def _map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
                 raise DataError(f"{path}: no teacher answers: the file is empty; run `generate`")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
 
-    def lines() -> Iterator[tuple[int, dict[str, Any]]]:
-        offset = 0
-        for number, line in enumerate(iter(mapped.readline, b""), start=1):
-            yield offset, parse_object(line, f"{path}:{number}")
-            offset += len(line)
 
-    return mapped, lines()
+def _make_index(path: Path, mapped: mmap.mmap, vocab_size: int) -> AnswerIndex:
+    """Parse every line, and leave the index beside the file where its folder can be written."""
+    builder = IndexBuilder()
+    mapped.seek(0)
+    builder.add_header(mapped.readline())
+    for number, line in enumerate(iter(mapped.readline, b""), start=2):
+        where = f"{path}:{number}"
+        identifier, answer = _parse_answer(parse_object(line, where), where, vocab_size)
+        builder.add(line, identifier, answer.prompt_digest, answer.tokens)
+    with told_if_not_kept(path):
+        return builder.save(path)
+    return builder.build()
 
 
 def _parse_header(line: dict[str, Any], where: str) -> AnswerHeader:

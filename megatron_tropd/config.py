@@ -112,6 +112,8 @@ class GuidanceConfig:
     answers: str | None = None
     """JSONL store of teacher answers (`python -m megatron_tropd generate`, or tools/import_answers.py), or a folder of
     such files; required unless schedule is none."""
+    answers_per_shard: int = 0
+    """`generate` makes `answers` a folder of files with this many answers each; 0: one file."""
     schedule: Literal["auto"] | Schedule = "auto"
     """How the longest prefix shrinks over training; auto: half-cosine for the tropd family, constant (whole answers)
     for seq-kd and gkd, none for the other objectives."""

@@ -314,7 +314,11 @@ def _unknown_objective(name: str) -> str:
 def _check_guidance(config: Config, command: str) -> None:
     guidance, budget = config.guidance, config.rollout.max_response_length
     if command == "generate":
-        require(guidance.answers is not None, "`generate` needs guidance.answers, the file to write")
+        require(guidance.answers is not None, "`generate` needs guidance.answers, the file or folder to write")
+        require(
+            guidance.answers_per_shard >= 0,
+            f"guidance.answers_per_shard must be at least 1, or 0 for one file; found {guidance.answers_per_shard}",
+        )
         return
     require(
         guidance.answers is not None or resolved_schedule(config) == "none",

@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         "optimizer",
         "guard",
         "evaluation",
+        "guidance.answers_per_shard",
         "monitoring",
         "data.validation",
         "rollout.max_batch_size",

@@ -141,8 +141,7 @@ def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokeniz
         store = AnswerStore.read(
             answers, tokenizer.fingerprint, min(tokenizer.vocab_size, teacher_tokenizer.vocab_size)
         )
-        for prompt in prompts:
-            store.answer(prompt, 0)
+        store.require(prompts)
 
 
 def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: Findings, *, allow_legacy: bool) -> None:

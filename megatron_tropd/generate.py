@@ -10,7 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_tropd.answers import AnswerHeader, AnswerWriter
+from megatron_tropd.answer_shards import Writer, open_writer
+from megatron_tropd.answers import AnswerHeader
 from megatron_tropd.config import Config, architecture
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
@@ -27,8 +28,8 @@ _OF_ANSWERS = ("max_response_length", "temperature", "top_p", "max_batch_size")
 def generate(config: Config) -> None:
     """Write one teacher answer for each prompt of ``data.train`` to ``guidance.answers``.
 
-    The teacher samples at ``rollout.temperature`` with the engine that training uses. A store that an earlier call
-    left unfinished is continued; a finished one is left as it is.
+    The teacher samples at ``rollout.temperature`` with the engine that training uses; every data-parallel replica
+    answers its share. A store that an earlier call left unfinished is continued; a finished one is left as it is.
     """
     with open_run(config, "generate") as run:
         prompts = read_training_prompts(config, run.tokenizer, for_teacher=True)[0].prompts
@@ -45,14 +46,14 @@ def generate(config: Config) -> None:
         dist.barrier()  # no rank goes on to read a store that is still being written
 
 
-def _open_store(run: Run) -> AnswerWriter | None:
+def _open_store(run: Run) -> Writer | None:
     """The writer on rank 0, None elsewhere; a store that cannot be continued is refused on every rank."""
     path = run.config.guidance.answers
     assert path is not None  # validate() has refused a run without
     writer, problem = None, ""
     if run.layout.is_main:
         try:
-            writer = AnswerWriter(Path(path), _header(run))
+            writer = open_writer(Path(path), _header(run), run.config.guidance.answers_per_shard)
         except (DataError, OSError) as error:
             problem = str(error)
     if problem := from_main(problem):
@@ -60,7 +61,7 @@ def _open_store(run: Run) -> AnswerWriter | None:
     return writer
 
 
-def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: AnswerWriter | None, bar: tqdm) -> None:
+def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: Writer | None, bar: tqdm) -> None:
     config, layout = run.config, run.layout
     assert config.teacher is not None
     engine = build_engine(
@@ -100,7 +101,7 @@ def _as_the_teacher_reads(prompt: Prompt) -> Prompt:
     return replace(prompt, tokens=prompt.teacher_tokens or prompt.tokens)
 
 
-def _unanswered(prompts: list[Prompt], writer: AnswerWriter | None) -> list[tuple[int, Prompt]]:
+def _unanswered(prompts: list[Prompt], writer: Writer | None) -> list[tuple[int, Prompt]]:
     """(Index in the file, prompt) of what the store lacks, as rank 0 sees it; the same list on every rank."""
     done = writer.num_answers if writer is not None else Counter[str]()
     indices = from_main([index for index, prompt in enumerate(prompts) if not done[prompt.id]])

@@ -339,8 +339,7 @@ def _read_answers(run: Run, prompts: Sequence[Prompt]) -> AnswerStore | None:
     assert run.config.guidance.answers is not None  # validate() has refused a schedule without a store
     shared_size = min(run.tokenizer.vocab_size, run.teacher_tokenizer.vocab_size)
     store = AnswerStore.read(run.config.guidance.answers, run.tokenizer.fingerprint, shared_size)
-    for prompt in prompts:
-        store.answer(prompt, 0)  # a prompt without an answer is found now, not at the step that meets it
+    store.require(prompts)  # a prompt without an answer is found now, not at the step that meets it
     return store
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_tropd import answer_index, answers
+from megatron_tropd.answer_index import index_path
 from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter, prompt_digest
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
@@ -43,7 +48,9 @@ def store_path(tmp_path: Path) -> Path:
 def test_store_round_trip(store_path: Path) -> None:
     store = read_store(store_path)
     assert store.header == HEADER
-    assert {name: [tuple(a.tokens) for a in answers] for name, answers in store.answers.items()} == ANSWERS
+    for prompt in PROMPTS:
+        expected = ANSWERS[prompt.id]
+        assert [tuple(store.answer(prompt, sample).tokens) for sample in range(len(expected))] == expected
     # Prompt b has two answers: samples 0, 1, 2, 3 take 0, 1, 0, 1.
     taken = [tuple(store.answer(PROMPTS[1], sample).tokens) for sample in range(4)]
     assert taken == [ANSWERS["b"][0], ANSWERS["b"][1]] * 2
@@ -53,11 +60,12 @@ def test_store_round_trip(store_path: Path) -> None:
 def test_a_prompt_the_store_does_not_answer_is_refused(store_path: Path) -> None:
     store = read_store(store_path)
     unknown = Prompt("e", "e=", (4,), "")
-    with pytest.raises(DataError, match="answers.jsonl: no teacher answer for prompt 'e': run `generate`"):
-        store.answer(unknown, 0)
     changed = Prompt("b", "B=", (4,), "")
-    with pytest.raises(DataError, match="prompt 'b' is another text .* the prompt file has changed; delete"):
-        store.answer(changed, 0)
+    for asked in (lambda prompt: store.answer(prompt, 0), lambda prompt: store.require([*PROMPTS, prompt])):
+        with pytest.raises(DataError, match="answers.jsonl: no teacher answer for prompt 'e': run `generate`"):
+            asked(unknown)
+        with pytest.raises(DataError, match="prompt 'b' is another text .* the prompt file has changed; delete"):
+            asked(changed)
 
 
 def test_a_store_of_another_tokenizer_is_refused(store_path: Path) -> None:
@@ -108,6 +116,74 @@ def test_a_store_without_answers_is_refused(tmp_path: Path) -> None:
         read_store(tmp_path / "absent.jsonl")
 
 
+def _outdate(path: Path) -> None:
+    """As if the file had been written an hour ago, long before its index."""
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    with AnswerWriter(path, HEADER):
+        pass
+
+
+def test_a_store_is_opened_without_parsing_its_answers(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the index that its writer leaves, where nothing but the time of change is looked at; a copy is hashed once."""
+    _outdate(store_path)
+    copy = Path(shutil.copy(store_path, store_path.with_name("copy.jsonl")))
+    shutil.copy(index_path(store_path), index_path(copy))
+    hashed: list[Path] = []
+    sha256 = answer_index._sha256
+    monkeypatch.setattr(answer_index, "_sha256", lambda path: [hashed.append(path), sha256(path)][1])
+    monkeypatch.setattr(answers, "_parse_answer", None)
+    for path, times in ((store_path, 0), (copy, 1)):
+        read_store(path).require(PROMPTS)
+        assert hashed == [path] * times
+    hour_ahead = time.time() + 3600
+    os.utime(index_path(copy), (hour_ahead, hour_ahead))
+    read_store(copy).require(PROMPTS)
+    assert hashed == [copy], "its index has been brought up to date"
+
+
+def test_an_index_of_another_file_is_made_anew(store_path: Path, tmp_path: Path) -> None:
+    good = index_path(store_path).read_bytes()
+    before = {prompt.id: tuple(read_store(store_path).answer(prompt, 0).tokens) for prompt in PROMPTS}
+    damages = [b"", b"{}\n", b"[" * 50, good[:-1], good + b" ", good.replace(b'"version": 1', b'"version": 2'), None]
+    for damage in damages:
+        if damage is None:
+            index_path(store_path).unlink()
+        else:
+            index_path(store_path).write_bytes(damage)
+        store = read_store(store_path)
+        assert {prompt.id: tuple(store.answer(prompt, 0).tokens) for prompt in PROMPTS} == before
+        assert index_path(store_path).read_bytes()[64:] == good[64:]
+    # As long as before and of the same time of change.
+    stat = store_path.stat()
+    content = store_path.read_bytes()
+    store_path.write_bytes(content.replace(b"[5, 6, 7, 1]", b"[5, 6, 8, 1]"))
+    os.utime(store_path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert tuple(read_store(store_path).answer(PROMPTS[0], 0).tokens) == (5, 6, 8, 1)
+    store_path.write_bytes(content.replace(b"[5, 6, 7, 1]", b"[5, 6, x, 1]"))
+    os.utime(store_path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=r"answers\.jsonl:2: not valid JSON"):
+        read_store(store_path)
+
+
+def test_a_line_that_is_not_what_the_index_says_is_refused(store_path: Path) -> None:
+    """An index can be believed though the file has changed, where somebody sets times: what is read is checked."""
+    _outdate(store_path)
+    stat = store_path.stat()
+    store_path.write_bytes(store_path.read_bytes().replace(b'"id": "a"', b'"id": "x"'))
+    os.utime(store_path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match="an answer to 'x', the index says to 'a': delete .*answers.jsonl.index"):
+        read_store(store_path).answer(PROMPTS[0], 0)
+
+
+def test_a_store_whose_index_cannot_be_kept_is_read(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index_path(store_path).unlink()
+    index_path(store_path).mkdir()
+    assert tuple(read_store(store_path).answer(PROMPTS[0], 0).tokens) == ANSWERS["a"][0]
+    assert "every start reads all of answers.jsonl" in caplog.text
+    assert sorted(path.name for path in store_path.parent.iterdir()) == ["answers.jsonl", "answers.jsonl.index"]
+
+
 def test_a_killed_writer_continues_to_the_same_file(store_path: Path, tmp_path: Path) -> None:
     whole = store_path.read_bytes()
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
@@ -133,7 +209,7 @@ def test_a_writer_knows_what_is_done(store_path: Path) -> None:
         writer.write(PROMPTS[0], (4, 1), finished=True)
         assert writer.num_answers["a"] == 2
         # Readable at once: every line is handed over as it is written.
-        assert len(read_store(store_path).answers["a"]) == 2
+        assert tuple(read_store(store_path).answer(PROMPTS[0], 1).tokens) == (4, 1)
 
 
 def test_a_writer_refuses_a_file_that_is_not_its_own(store_path: Path, tmp_path: Path) -> None:

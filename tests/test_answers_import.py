@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tropd.answer_index import index_path
 from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter
 from megatron_tropd.data import read_prompts
 from megatron_tropd.jsonl import DataError
@@ -82,14 +83,16 @@ def test_prompt_and_answer_are_the_rendered_conversation(
 def test_shards_and_limits(tmp_path: Path, folder: Path, inputs: tuple[Path, Path]) -> None:
     assert run(*inputs, tmp_path / "one.jsonl", folder) == 0
     assert run(*inputs, tmp_path / "many", folder, "--num-shards=3") == 0
-    shards = sorted((tmp_path / "many").iterdir())
+    shards = sorted((tmp_path / "many").glob("*.jsonl"))
+    assert sorted((tmp_path / "many").iterdir()) == sorted([*shards, *map(index_path, shards)])
+    assert not (tmp_path / "one.jsonl.partial.index").exists() and index_path(tmp_path / "one.jsonl").exists()
     assert len(shards) == 3 and all(len(shard.read_text().splitlines()) > 2 for shard in shards)
     one, many = read_store(tmp_path / "one.jsonl", folder), read_store(tmp_path / "many", folder)
-    assert {name: list(answers) for name, answers in one.answers.items()} == {
-        name: list(answers) for name, answers in many.answers.items()
-    }
     assert run(*inputs, tmp_path / "first.jsonl", folder, "--answers-per-prompt=1") == 0
-    assert all(len(answers) == 1 for answers in read_store(tmp_path / "first.jsonl", folder).answers.values())
+    first = read_store(tmp_path / "first.jsonl", folder)
+    for prompt in read_prompts(inputs[1], HuggingFaceTokenizer(folder, ChatOptions()), 99, "refuse")[0]:
+        two, the_same, one_only = ([each.answer(prompt, sample) for sample in (0, 1)] for each in (one, many, first))
+        assert two == the_same and two[0] != two[1] and one_only == [two[0]] * 2
     shards[1].write_text(shards[1].read_text().replace('"tokens": [', '"tokens": [9999, ', 1))
     with pytest.raises(DataError, match=r"shard_00001_of_00003.jsonl:\d: id 9999"):
         read_store(tmp_path / "many", folder)

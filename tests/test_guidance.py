@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from array import array
 from typing import Any
 
 import pytest
 
-from megatron_tropd.answers import Answer, AnswerHeader, AnswerStore, prompt_digest
+from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter
 from megatron_tropd.guidance import build_requests, max_prefix_length, prefix_length
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
 
 PROMPTS = [Prompt(name, f"{name}=", (10 + index, 13), "") for index, name in enumerate("ab")]
 ANSWERS: dict[str, list[tuple[int, ...]]] = {"a": [(5, 6, 7, 1)], "b": [(8, 1), (9, 9, 9, 9, 9, 9)]}
-STORE = AnswerStore(
-    AnswerHeader("f" * 64, {}, {}),
-    {
-        prompt.id: [Answer(array("i", tokens), tokens[-1] == 1, prompt_digest(prompt)) for tokens in ANSWERS[prompt.id]]
-        for prompt in PROMPTS
-    },
-)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AnswerStore:
+    path = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    with AnswerWriter(path, AnswerHeader("f" * 64, {}, {})) as writer:
+        for prompt in PROMPTS:
+            for tokens in ANSWERS[prompt.id]:
+                writer.write(prompt, tokens, finished=tokens[-1] == 1)
+    return AnswerStore.read(path, "f" * 64, 14)
 
 
 @pytest.mark.parametrize(
@@ -76,28 +78,28 @@ def test_prefix_lengths() -> None:
     assert lengths == [4, 3, 1, 0, 0, 0]
 
 
-def test_requests_of_a_step() -> None:
-    requests = build_requests(PROMPTS, step=3, samples_per_prompt=2, seed=0, store=STORE, max_length=3)
+def test_requests_of_a_step(store: AnswerStore) -> None:
+    requests = build_requests(PROMPTS, step=3, samples_per_prompt=2, seed=0, store=store, max_length=3)
     # Two prompts of two samples: a global batch of 4, so step 3 has the sample ids 12 to 15.
     assert [request.sample_id for request in requests] == [12, 13, 14, 15]
     assert [request.prompt.id for request in requests] == ["a", "a", "b", "b"]
     # a's only answer cut to 3; b's first is two tokens, its end token among them; b's second is cut to 3.
     assert [request.prefix for request in requests] == [(5, 6, 7), (5, 6, 7), (8, 1), (9, 9, 9)]
     capped = build_requests(
-        PROMPTS, step=3, samples_per_prompt=2, seed=0, store=STORE, max_length=6, min_on_policy_tokens=1
+        PROMPTS, step=3, samples_per_prompt=2, seed=0, store=store, max_length=6, min_on_policy_tokens=1
     )
     assert [request.prefix for request in capped] == [(5, 6, 7), (5, 6, 7), (8,), (9,) * 5]
-    for options in ({"max_length": 0, "store": STORE}, {"max_length": 3, "store": None}):
+    for options in ({"max_length": 0, "store": store}, {"max_length": 3, "store": None}):
         plain = build_requests(PROMPTS, step=0, samples_per_prompt=1, seed=0, **options)  # type: ignore[arg-type]
         assert [request.prefix for request in plain] == [()] * 2
 
 
-def test_a_fraction_of_the_samples_gets_a_prefix() -> None:
+def test_a_fraction_of_the_samples_gets_a_prefix(store: AnswerStore) -> None:
     num_samples = 4000
 
     def guided(fraction: float, seed: int = 0) -> set[int]:
         requests = build_requests(
-            PROMPTS, step=1, samples_per_prompt=2000, seed=seed, store=STORE, max_length=3, fraction=fraction
+            PROMPTS, step=1, samples_per_prompt=2000, seed=seed, store=store, max_length=3, fraction=fraction
         )
         return {request.sample_id for request in requests if request.prefix}
 
@@ -110,13 +112,13 @@ def test_a_fraction_of_the_samples_gets_a_prefix() -> None:
     assert guided(0.3) == guided(0.3) != guided(0.3, seed=1)
 
 
-def test_uniform_prefix_lengths_are_drawn_for_each_sample() -> None:
+def test_uniform_prefix_lengths_are_drawn_for_each_sample(store: AnswerStore) -> None:
     requests = build_requests(
         [PROMPTS[1]],
         step=0,
         samples_per_prompt=4000,
         seed=0,
-        store=STORE,
+        store=store,
         max_length=4,
         draw="uniform",
     )
@@ -126,8 +128,8 @@ def test_uniform_prefix_lengths_are_drawn_for_each_sample() -> None:
     assert max(lengths) == 4
 
 
-def test_a_prompt_the_store_does_not_answer_is_refused() -> None:
+def test_a_prompt_the_store_does_not_answer_is_refused(store: AnswerStore) -> None:
     unknown = Prompt("e", "e=", (4,), "")
     with pytest.raises(DataError, match="no teacher answer for prompt 'e'"):
-        build_requests([unknown], step=0, samples_per_prompt=1, seed=0, store=STORE, max_length=3)
-    assert build_requests([unknown], step=0, samples_per_prompt=1, seed=0, store=STORE, max_length=0)
+        build_requests([unknown], step=0, samples_per_prompt=1, seed=0, store=store, max_length=3)
+    assert build_requests([unknown], step=0, samples_per_prompt=1, seed=0, store=store, max_length=0)

@@ -1,10 +1,11 @@
 """Measure tools/preprocess_data.py on lines made here: time, and that memory does not grow with their number.
 
     python tools/bench_data.py [--lines 1000000] [--workers 2] [--folder DIR]
+    python tools/bench_data.py --answers 100000   # the opening of a store of teacher answers instead
 
 A line is a question of 10 to 60 words; one in fifty comes twice, one in a thousand holds an evaluation text. The
 work is the whole of it: parse, tokenize (a byte-level BPE trained on the first lines), n-grams, deduplicate, split,
-write.
+write. CPU seconds are those of all processes together: where other work runs beside it, they are what to compare.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str]) -> None:
-    """Print a row for a tenth of the lines, and one for all of them."""
+    """Print a row for a tenth of the lines, and one for all of them; or the table of a store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--answers", type=int, help="answers of 500 ids in a store that is opened")
     parser.add_argument("--folder", help="where the files go; default: a temporary folder")
     parser.add_argument("--measure", nargs=3, metavar=("INPUT", "OUT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
         _measure(options)
         return
-    print("| lines | input | workers | seconds | lines per second | peak, main process | peak, largest worker |")
-    print("|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    if options.answers:
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            _open_store(Path(name) / "answers.jsonl", options.answers)
+        return
+    print("| lines | input | workers | seconds | CPU seconds | lines per CPU second | peak, main | peak, worker |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         for num_lines in (options.lines // 10, options.lines):
@@ -48,8 +54,9 @@ def main(arguments: list[str]) -> None:
             command = [sys.executable, __file__, f"--workers={options.workers}", "--measure", *places]
             environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
             measured = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-            seconds, size = measured["seconds"], path.stat().st_size / 1e6
-            cells = f"{num_lines:,} | {size:,.0f} MB | {options.workers} | {seconds:.0f} | {num_lines / seconds:,.0f}"
+            seconds, cpu, size = measured["seconds"], measured["cpu_seconds"], path.stat().st_size / 1e6
+            cells = f"{num_lines:,} | {size:,.0f} MB | {options.workers} | {seconds:.0f} | {cpu:.0f}"
+            cells += f" | {num_lines / cpu:,.0f}"
             print(f"| {cells} | {measured['main_mb']:.0f} MB | {measured['worker_mb']:.0f} MB |", flush=True)
 
 
@@ -114,9 +121,39 @@ def _measure(options: argparse.Namespace) -> None:
             progress=False,
         )
     )
-    peaks = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    main_mb, worker_mb = peaks
-    print(json.dumps({"seconds": time.perf_counter() - started, "main_mb": main_mb, "worker_mb": worker_mb}))
+    seconds = time.perf_counter() - started
+    own, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = sum(usage.ru_utime + usage.ru_stime for usage in (own, workers))
+    peaks = {"main_mb": own.ru_maxrss / 1024, "worker_mb": workers.ru_maxrss / 1024}
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, **peaks}))
+
+
+def _open_store(path: Path, num_answers: int) -> None:
+    """Open a store without an index, with that of a copy, and with its own, and look for every prompt's answer."""
+    from megatron_tropd.answer_index import index_path
+    from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter
+    from megatron_tropd.prompt import Prompt
+
+    draw = random.Random(1)
+    prompts = [Prompt(f"prompt-{index}", "", (index, 1), "") for index in range(num_answers)]
+    with AnswerWriter(path, AnswerHeader("fingerprint", {}, {})) as writer:
+        for prompt in prompts:
+            writer.write(prompt, draw.choices(range(150_000), k=500), finished=True)
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    print("| store | opening | CPU seconds | and looking for every prompt |\n|---|---|---:|---:|", flush=True)
+    for name in ("no index: every line parsed", "a copy's index: hashed once", "its index"):
+        if name.startswith("no"):
+            index_path(path).unlink()
+        if name.startswith("a copy"):
+            os.utime(path, (hour_ago - 1, hour_ago - 1))
+        started = time.process_time()
+        store = AnswerStore.read(path, "fingerprint", 150_000)
+        opened = time.process_time()
+        store.require(prompts)
+        looked = time.process_time()
+        size = f"{num_answers:,} answers, {path.stat().st_size / 1e6:,.0f} MB"
+        print(f"| {size} | {name} | {opened - started:.2f} | {looked - opened:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tropd.answer_index import index_path
 from megatron_tropd.answers import AnswerHeader, AnswerWriter, prompt_digest
 from megatron_tropd.data import read_prompts
 from megatron_tropd.jsonl import DataError
@@ -100,6 +101,8 @@ def import_answers(
             f"none of the {report.of_other_prompts} conversations answers a prompt of {', '.join(prompts_paths)}: both "
             "are compared by their ids, so the chat template and its options must be those of the training run"
         )
+    if not num_shards:
+        os.rename(index_path(partial), index_path(out))
     os.rename(partial, out)
     report.without_answer = sum(not met[prompt.id] for prompt in prompts)
     return report
@@ -160,5 +163,6 @@ def _shard_paths(out: Path, num_shards: int) -> Iterable[Path]:
 def _remove(out: Path, num_shards: int) -> None:
     for path in _shard_paths(out, num_shards):
         path.unlink()
+        index_path(path).unlink()
     if num_shards:
         out.rmdir()
