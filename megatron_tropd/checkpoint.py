@@ -79,7 +79,7 @@ def save_checkpoint(
     final = folder / f"step_{description.step}"
     temporary = folder / f"step_{description.step}.incomplete"
     is_main = learner.layout.is_main
-    on_main(lambda: _make_anew(temporary), is_main)
+    on_main(lambda: make_anew(temporary), is_main)
     state = _training_state(learner, is_loading=False)
     num_bytes = _global_bytes(state, learner.layout)
     on_main(lambda: require_space(temporary, num_bytes), is_main)
@@ -95,7 +95,8 @@ def save_checkpoint(
     return final
 
 
-def _make_anew(folder: Path) -> None:
+def make_anew(folder: Path) -> None:
+    """An empty ``folder``. Raises CheckpointError."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -163,31 +164,6 @@ def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size
     check_same(path, found, expected)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
     model.load_state_dict(state["model"])
-
-
-def save_weights(path: Path, model: GPTModel, layout: Layout, description: Description) -> None:
-    """Write the checkpoint folder ``path`` with weights alone (all ranks call this); ``load_weights`` reads it."""
-    temporary = path.with_name(path.name + ".incomplete")
-    state = {"model": model.sharded_state_dict()}
-    num_bytes = _global_bytes(state, layout)
-
-    def prepare() -> None:
-        _make_anew(temporary)
-        require_space(temporary, num_bytes)
-
-    def publish() -> None:
-        write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
-        seal(temporary)
-        os.rename(temporary, path)
-
-    try:
-        on_main(prepare, layout.is_main)
-        write_state(state, temporary)
-        on_main(publish, layout.is_main)
-    except CheckpointError:
-        if layout.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def weights_dtype(path: Path) -> torch.dtype:

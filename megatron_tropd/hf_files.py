@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -96,8 +97,24 @@ class TensorFiles:
             )
         return _DTYPES[next(iter(found.values()))]
 
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """What tells these files from others without reading their tensors: name, size, time of change, header."""
+        return [
+            {"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header": _header_digest(path)}
+            for name in self._files
+            for path in [self._folder / name]
+            for stat in [path.stat()]
+        ]
+
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
+
+
+def _header_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file's header: eight bytes of its length, then names, types, shapes and places."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def plan_shards(writers: list[list[str]], sizes: Map[str, int], max_bytes: int) -> dict[str, list[str]]:

@@ -54,10 +54,8 @@ def load_huggingface(
             parameters, desc="reading", unit="tensor", disable=not (progress and layout.is_main)
         ):
             mapping = mapping_of(model, name, layout, config, by_name)
-            parts = _read_parts(files, mapping, parameter, layout, config, vocab_size=vocab_size)
-            not_finite.extend(source for source, part in parts.items() if not part.isfinite().all())
-            shard = pack(mapping, list(parts.values()), config)
-            # Only the vocabulary is padded.
+            shard, wrong = read_parameter(files, mapping, len(parameter), layout, config, vocab_size=vocab_size)
+            not_finite.extend(wrong)
             parameter.data[: shard.shape[0]].copy_(shard)
             parameter.data[shard.shape[0] :].zero_()
         if not_finite:
@@ -81,16 +79,13 @@ def open_weights(
     return files, shapes
 
 
-def _read_parts(
-    files: TensorFiles,
-    mapping: Mapping,
-    parameter: torch.Tensor,
-    layout: Layout,
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-) -> dict[str, torch.Tensor]:
-    """This rank's cut of each source of one parameter, on the host."""
+def read_parameter(
+    files: TensorFiles, mapping: Mapping, num_rows: int, layout: Layout, config: ModelConfig, *, vocab_size: int
+) -> tuple[torch.Tensor, list[str]]:
+    """This rank's part of one parameter, on the host, and the sources of it that are not finite.
+
+    Of its ``num_rows`` those that pad the vocabulary are left out.
+    """
     parts = {}
     for name, shape in source_shapes(mapping, config, vocab_size=vocab_size).items():
         if mapping.cut is None:
@@ -98,10 +93,11 @@ def _read_parts(
             continue
         size = shape[mapping.cut] // layout.tensor_parallel_size
         if "V" in mapping.sources[name]:
-            size = parameter.shape[0]
+            size = num_rows
         start = layout.tensor_parallel_rank * size
         parts[name] = files.read(name, mapping.cut, start, min(start + size, shape[mapping.cut]))
-    return parts
+    not_finite = [name for name, part in parts.items() if not part.isfinite().all()]
+    return pack(mapping, list(parts.values()), config), not_finite
 
 
 def mapping_of(

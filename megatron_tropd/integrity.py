@@ -10,13 +10,14 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.jsonl import DataError, parse_object
 
 MANIFEST = "manifest.json"
-_METADATA = ".metadata"
+METADATA = ".metadata"
 LEGACY_PICKLE = "common.pt"
 """Where Megatron-Core before 0.19 kept what is not a tensor."""
 _DTYPES = (
@@ -45,10 +46,13 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, unsafe to read, or of another model or tokenizer."""
 
 
-def seal(folder: Path) -> None:
-    """Bring every file of ``folder`` to the disk and write ``manifest.json``: size in bytes and SHA-256 of each."""
-    files = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST):
+def seal(folder: Path, *, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Bring every file of ``folder`` to the disk and write ``manifest.json``: size in bytes and SHA-256 of each.
+
+    Files that are ``known``, from the manifest of the folder they come from, are not read again.
+    """
+    files = dict(known or {})
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (MANIFEST, *files)):
         _sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=2))
@@ -57,7 +61,7 @@ def seal(folder: Path) -> None:
 
 def verify(folder: Path) -> None:
     """CheckpointError that names the file, where one is missing, cut off, altered, or a pickle that could run code."""
-    for name, entry in _read_manifest(folder).items():
+    for name, entry in read_manifest(folder).items():
         path = folder / name
         try:
             size = path.stat().st_size
@@ -93,7 +97,7 @@ def refuse_unsafe_metadata(folder: Path) -> None:
 
     It is read with an unpickler that knows the checkpoint's own types alone; nothing else is even imported.
     """
-    path = folder / _METADATA
+    path = folder / METADATA
     try:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
@@ -132,7 +136,8 @@ def write_durably(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name to size and SHA-256. Raises CheckpointError where it is missing or damaged."""
     path = folder / MANIFEST
     try:
         files = parse_object(path.read_bytes(), str(path)).get("files")

@@ -21,7 +21,10 @@ from megatron_tropd.tokenizer import HuggingFaceTokenizer, huggingface_fingerpri
 from megatron_tropd.tokenizer_builder import build_tokenizer
 from tests.ranks import run_ranks
 
+pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
+
 from tests import hf_models
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -218,7 +221,13 @@ def test_what_ranks_refuse_is_told_once(folder: Path, tmp_path: Path) -> None:
     shards = sorted(copy.glob("*.safetensors"))
     shards[1].write_bytes(shards[1].read_bytes()[:-10])
     (tmp_path / "file").touch()
+    sick = Path(shutil.copytree(folder, tmp_path / "sick"))
+    (last,) = (each for each in sick.glob("*.safetensors") if "model.layers.3.mlp.up_proj.weight" in load_file(each))
+    tensors = load_file(last)
+    tensors["model.layers.3.mlp.up_proj.weight"][-1, 0] = torch.nan  # rows of the second rank, in the last layer
+    save_file(tensors, last)
     for source, out, message in (
+        (sick, tmp_path / "out", f"{sick} has NaN or infinite weights: model.layers.3.mlp.up_proj.weight"),
         (copy, tmp_path / "out", f"{shards[1]} is truncated or damaged"),
         (folder, tmp_path / "file" / "out", "Not a directory"),
     ):
@@ -227,7 +236,7 @@ def test_what_ranks_refuse_is_told_once(folder: Path, tmp_path: Path) -> None:
         assert "Traceback" not in finished.stderr, finished.stderr
         errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0], finished.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file", "sick"]
 
 
 def test_no_space_is_one_error_and_leaves_nothing(folder: Path, converted: Path, tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_tropd"
 LEVELS = [
-    {"config_data", "config_rollout", "config_tasks", "config_teacher", "config_watch", "prompt"},
+    {
+        "answer_index",
+        "config_data",
+        "config_rollout",
+        "config_tasks",
+        "config_teacher",
+        "config_watch",
+        "prompt",
+    },
     {
         "config",
         "console",
@@ -50,6 +58,7 @@ LEVELS = [
         "trackers",
     },
     {
+        "answer_shards",
         "config_data_checks",
         "config_model_checks",
         "config_drift",
@@ -87,9 +96,9 @@ LEVELS = [
     },
     {"exports", "preprocessing", "prompt_sources", "refit", "teachers"},
     {"step"},
-    {"checkpoint"},
+    {"checkpoint", "checkpoint_pieces"},
     {"megatron_lm"},
-    {"run"},
+    {"hf_import", "run"},
     {"engines"},
     {"dry_run", "evaluate", "generate"},
     {"trainer"},

@@ -4,8 +4,9 @@
     python tools/convert_checkpoint.py megatron-to-hf --megatron DIR --out DIR --hf DIR [--tp N --pp N --ep N]
 
 The ranks that share the work are started by the script itself (tp x pp x ep of them, each with its part of the model).
-A Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone. Started again
-after a kill, with the same sizes, an export keeps the shards that it has written; an import begins anew.
+A Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone. An import
+goes layer by layer on the CPU, and the host holds no more than one; an export holds the model. Started again after a
+kill, with the same sizes, both continue: an import with the layers, an export with the shards that it has written.
 
 `--backend bridge` hands the work to Megatron-Bridge, where it is installed, for families this package does not carry.
 """
@@ -65,7 +66,9 @@ def _start_ranks(num_ranks: int, arguments: list[str]) -> int:
 
 def hf_to_megatron(options: argparse.Namespace) -> None:
     """Read a Hugging Face folder and write a checkpoint that ``student.load`` and ``teacher.load`` accept."""
-    from megatron_tropd.checkpoint import Description, save_weights
+    # Nothing is computed, and what is on the disk has the same names: a GPU's memory is not needed.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megatron_tropd.checkpoint import Description
     from megatron_tropd.config import architecture
     from megatron_tropd.hf_config import HuggingFaceError, model_config, read_config
     from megatron_tropd.hf_files import TensorFiles
@@ -73,7 +76,6 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     config = model_config(read_config(options.hf))
-    dtype = TensorFiles(options.hf).dtype()
     tokenizer = HuggingFaceTokenizer(options.hf)
     assert config.vocab_size is not None  # model_config gives every size
     if tokenizer.vocab_size > config.vocab_size:
@@ -83,14 +85,12 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
         )
     description = Description(0, 0, config.vocab_size, tokenizer.fingerprint, architecture(config))
 
-    def convert(model: Any, layout: Any) -> Any:
-        from megatron_tropd.huggingface import load_huggingface
+    def convert(layout: Any) -> Any:
+        from megatron_tropd.hf_import import import_huggingface
 
-        transfer = load_huggingface(options.hf, model, layout, config, vocab_size=description.vocab_size, progress=True)
-        save_weights(options.out, model, layout, description)
-        return transfer
+        return import_huggingface(options.hf, options.out, layout, config, description, progress=True)
 
-    _on_ranks(options, config, description.vocab_size, dtype, convert, started)
+    _on_ranks(options, config, TensorFiles(options.hf).dtype(), convert, started)
 
 
 def megatron_to_hf(options: argparse.Namespace) -> None:
@@ -106,30 +106,32 @@ def megatron_to_hf(options: argparse.Namespace) -> None:
     # What the reference cannot express is told now, not after gigabytes have been read.
     config_values(config, read_config(options.hf), vocab_size=description.vocab_size, dtype="float32")
 
-    def convert(model: Any, layout: Any) -> Any:
+    dtype = weights_dtype(path)
+
+    def convert(layout: Any) -> Any:
         from megatron_tropd.hf_export import export_huggingface
         from megatron_tropd.integrity import digest
+        from megatron_tropd.models import build_model
 
-        sizes = {"vocab_size": description.vocab_size}
+        sizes: dict[str, Any] = {"vocab_size": description.vocab_size}
+        model = build_model(config, layout, **sizes, max_sequence_length=1, dtype=dtype, seed=None)
         load_weights(path, model, config, **sizes, tokenizer=description.tokenizer)
         source = digest(path)
         return export_huggingface(model, layout, config, options.out, options.hf, **sizes, progress=True, source=source)
 
-    _on_ranks(options, config, description.vocab_size, weights_dtype(path), convert, started)
+    _on_ranks(options, config, dtype, convert, started)
 
 
 def _on_ranks(
     options: argparse.Namespace,
     config: Any,
-    vocab_size: int,
     dtype: Any,
-    convert: Callable[[Any, Any], Any],
+    convert: Callable[[Any], Any],
     started: float,
 ) -> None:
-    """Start the process groups, build the model without weights, convert, and report."""
+    """Start the process groups, convert, and report."""
     from megatron_tropd import distributed
     from megatron_tropd.config import ParallelConfig
-    from megatron_tropd.models import build_model
 
     _check_layout(options, config, distributed.world_size())
     layout = distributed.initialize(
@@ -140,8 +142,7 @@ def _on_ranks(
         timeout_minutes=ParallelConfig().distributed_timeout_minutes,
     )
     try:
-        model = build_model(config, layout, vocab_size=vocab_size, max_sequence_length=1, dtype=dtype, seed=None)
-        transfer = convert(model, layout)
+        transfer = convert(layout)
         if layout.is_main:
             seconds = time.perf_counter() - started
             print(
