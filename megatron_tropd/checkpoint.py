@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.checkpoint_pieces import TensorReader
 from megatron_tropd.config import ModelConfig, architecture
 from megatron_tropd.config_drift import DriftError, check_drift
 from megatron_tropd.distributed import Layout, from_main
@@ -157,13 +159,31 @@ def _show_drift(path: Path, found: Description, expected: Description, *, allow:
 
 def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:
     """Fill ``model`` from a checkpoint (``step_N``, or a folder with ``latest``), whatever layout wrote it."""
+    path = _checked(path, config, vocab_size=vocab_size, tokenizer=tokenizer)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+    model.load_state_dict(state["model"])
+
+
+def weights_reader(
+    path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str
+) -> Callable[[str], torch.Tensor]:
+    """``load_weights`` one by one: a function that reads the rank's parameter of a name, on the host.
+
+    ``model`` needs no weights.
+    """
+    reader = TensorReader(_checked(path, config, vocab_size=vocab_size, tokenizer=tokenizer))
+    entries = model.sharded_state_dict()
+    return lambda name: reader.read(entries[name])
+
+
+def _checked(path: Path, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> Path:
+    """The ``step_N`` folder at ``path``, whole and of this model and tokenizer; CheckpointError otherwise."""
     path = resolve(path)
     on_main(lambda: verify(path), dist.get_rank() == 0)
     found = read_description(path)
     expected = Description(found.step, found.seed, vocab_size, tokenizer, architecture(config))
     check_same(path, found, expected)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
-    model.load_state_dict(state["model"])
+    return path
 
 
 def weights_dtype(path: Path) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""A checkpoint written piece by piece, so that no more than a piece is in memory and a killed writer keeps the rest.
+"""Checkpoints larger than the memory: written piece by piece, and read tensor by tensor.
 
-Each piece is a checkpoint of its own, written by Megatron's ``dist_checkpointing`` and sealed. Megatron keeps one kind
-of parameter of all layers (and experts) in one tensor, with axes in front that count them; a piece has only some of
-them, so there the tensor of layer 3 of 32 is called ``NAME[3/32]``. Merging the pieces moves their files into one
-folder and writes the metadata of the whole: no tensor is read or written again.
+A killed writer keeps the pieces it has: each is a checkpoint of its own, written by Megatron's ``dist_checkpointing``
+and sealed. Megatron keeps one kind of parameter of all layers (and experts) in one tensor, with axes in front that
+count them; a piece has only some of them, so there the tensor of layer 3 of 32 is called ``NAME[3/32]``. Merging the
+pieces moves their files into one folder and writes the metadata of the whole: no tensor is read or written again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -27,14 +27,20 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_tropd.integrity import METADATA, CheckpointError, read_manifest, seal, verify
 from megatron_tropd.writing import on_main, write_state
 
 # isort: split
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
 
 _COMMON = "common_state/"
 """Megatron's entry for what is no tensor: nothing, in a piece."""
@@ -105,6 +111,51 @@ def merge_pieces(pieces: Sequence[Path], folder: Path) -> dict[str, dict[str, An
     with (folder / METADATA).open("wb") as file:
         pickle.dump(replace(whole, state_dict_metadata=tensors, storage_data=places), file)
     return entries
+
+
+class TensorReader:
+    """Reads single tensors of a verified checkpoint folder, whatever layout wrote it; every rank for itself.
+
+    Megatron's ``load`` takes all layers of one kind together.
+    """
+
+    def __init__(self, folder: Path):
+        """Reads the metadata alone."""
+        self._reader = FileSystemReader(folder)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def read(self, entry: ShardedTensor | ShardedTensorFactory) -> torch.Tensor:
+        """The rank's part that ``entry``, of a model without weights, describes; padding that was not stored is 0."""
+        filled = {"": replace(entry, data=torch.zeros(entry.data.shape, dtype=entry.data.dtype))}
+        apply_factories(filled)
+        targets = _Targets([each for each in nested_values(filled) if isinstance(each, ShardedTensor)])
+        items = []
+        for name, chunk in targets.chunks:
+            stored = self._metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, stored, [chunk])
+        self._reader.read_data(LoadPlan(items), targets).wait()
+        dict_list_map_inplace(lambda each: each.data if isinstance(each, ShardedTensor) else each, filled)
+        return entry.merge_fn(filled[""]) if isinstance(entry, ShardedTensorFactory) else filled[""]
+
+
+class _Targets(DefaultLoadPlanner):
+    """Hands out the tensors that are read into."""
+
+    def __init__(self, tensors: Sequence[ShardedTensor]):
+        super().__init__()
+        self.chunks = []
+        self._tensors = {}
+        for each in tensors:
+            data = each.data[(None,) * each.prepend_axis_num]
+            chunk = ChunkStorageMetadata(torch.Size(each.global_offset), data.shape)
+            self.chunks.append((each.key, chunk))
+            self._tensors[MetadataIndex(each.key, chunk.offsets)] = data
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor for a part of the checkpoint."""
+        return self._tensors[index]
 
 
 def _renamed(entry: object) -> object:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ from megatron_tropd.huggingface import Transfer, all_shapes, mapping_of, refused
 # isort: split
 from megatron.core.models.gpt import GPTModel
 
+Load = Callable[[str], torch.Tensor]
+"""Reads a parameter of this rank by its name in the model."""
 MAX_SHARD_BYTES = 5 * 10**9
 _PLAN = "export.json"
 """In a folder that is being written: of what, and which shards it is to have."""
@@ -42,14 +46,17 @@ def export_huggingface(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
     source: str | None = None,
+    load: Load | None = None,
 ) -> Transfer:
     """Write ``model`` as a Hugging Face folder in the model's dtype: safetensors shards, index, config, tokenizer.
 
     ``reference_folder`` is of the same family: what config.json says beyond the architecture, the generation config and
-    the tokenizer come from there. Padded vocabulary rows are cut off. ``out`` appears when it is complete: until then
-    the files are in ``<out>.incomplete``, which a failure removes. Where a kill left one, and ``source`` names the same
-    weights as then (a digest), the shards in it are kept and only the others are written. Raises HuggingFaceError on
-    every rank, for weights that are not finite too.
+    the tokenizer come from there. Padded vocabulary rows are cut off. With ``load`` the ``model`` needs no weights,
+    and no more than a parameter and a shard are in memory.
+
+    ``out`` appears when it is complete: until then the files are in ``<out>.incomplete``, which a failure removes.
+    Where a kill left one, and ``source`` names the same weights as then (a digest), the shards in it are kept and only
+    the others are written. Raises HuggingFaceError on every rank, for weights that are not finite too.
     """
     temporary = out.with_name(out.name + ".incomplete")
     dtype = next(model.parameters()).dtype
@@ -70,8 +77,9 @@ def export_huggingface(
         if written and layout.is_main and progress:
             tqdm.write(f"{temporary}: {len(written)} of {len(shards)} shards are there already")
         with refused_together(f"{temporary} could not be written"):
+            owned = _missing(model, layout, config, shards, written)
             _write_own_shards(
-                model, layout, config, temporary, shards, written, vocab_size=vocab_size, progress=progress
+                owned, load, layout, config, temporary, shards, written, vocab_size=vocab_size, progress=progress
             )
         with refused_together(f"{temporary} could not be written"):
             if layout.is_main:
@@ -103,8 +111,17 @@ def _continue_or_begin(folder: Path, source: str | None, shards: dict[str, list[
     return []
 
 
+def _missing(
+    model: GPTModel, layout: Layout, config: ModelConfig, shards: dict[str, list[str]], written: list[str]
+) -> list[Owned]:
+    """The parameters that this rank's tensor-parallel group has to write, without those of shards that are there."""
+    there = {name for file in written for name in shards[file]}
+    return [each for each in _owned_parameters(model, layout, config) if not there.issuperset(each.mapping.sources)]
+
+
 def _write_own_shards(
-    model: GPTModel,
+    owned: list[Owned],
+    load: Load | None,
     layout: Layout,
     config: ModelConfig,
     folder: Path,
@@ -116,20 +133,15 @@ def _write_own_shards(
 ) -> None:
     """Gather this writer's tensors one by one, in the order of the shards, and write each shard when it is whole.
 
-    Those of shards that are ``written`` are not gathered.
     A rank that cannot write goes on gathering, so that no other waits for it, and raises at the end.
     """
     file_of = {name: file for file, names in shards.items() for name in names}
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     not_finite: list[str] = []
     failure: OSError | HuggingFaceError | None = None
-    owned = [
-        (mapping, parameter)
-        for mapping, parameter in _owned_parameters(model, layout, config)
-        if not all(file_of[name] in written for name in mapping.sources)
-    ]
-    for mapping, parameter in tqdm(owned, desc="writing", unit="tensor", disable=not (progress and layout.is_main)):
-        for name, tensor in _gather(mapping, parameter, layout, config, vocab_size=vocab_size).items():
+    for each in tqdm(owned, desc="writing", unit="tensor", disable=not (progress and layout.is_main)):
+        own = load(each.name) if load is not None else each.parameter.data
+        for name, tensor in _gather(each.mapping, own, layout, config, vocab_size=vocab_size).items():
             if not tensor.isfinite().all():
                 not_finite.append(name)
             if failure is not None or not_finite:
@@ -155,10 +167,10 @@ def _write_own_shards(
 
 
 def _gather(
-    mapping: Mapping, parameter: torch.nn.Parameter, layout: Layout, config: ModelConfig, *, vocab_size: int
+    mapping: Mapping, own: torch.Tensor, layout: Layout, config: ModelConfig, *, vocab_size: int
 ) -> dict[str, torch.Tensor]:
     """The whole Hugging Face tensors of one parameter, on the host of the first tensor-parallel rank alone."""
-    shard = parameter.data.contiguous()
+    shard = own.contiguous()
     shards = [shard]
     if mapping.cut is not None and layout.tensor_parallel_size > 1:
         is_first = layout.tensor_parallel_rank == 0
@@ -175,8 +187,18 @@ def _gather(
     return {name: tensor[: shapes[name][0]].contiguous() for name, tensor in whole.items()}
 
 
-def _owned_parameters(model: GPTModel, layout: Layout, config: ModelConfig) -> list[tuple[Mapping, torch.nn.Parameter]]:
-    """The parameters that this rank's tensor-parallel group writes, in checkpoint order.
+@dataclass(frozen=True)
+class Owned:
+    """A parameter that this rank's tensor-parallel group writes."""
+
+    mapping: Mapping
+    name: str
+    """In this rank's model."""
+    parameter: torch.nn.Parameter
+
+
+def _owned_parameters(model: GPTModel, layout: Layout, config: ModelConfig) -> list[Owned]:
+    """What this rank's tensor-parallel group writes, in checkpoint order.
 
     Each is written by the first of its replicas; a tied output layer is the first stage's to write.
     """
@@ -188,13 +210,13 @@ def _owned_parameters(model: GPTModel, layout: Layout, config: ModelConfig) -> l
         replica = layout.expert_data_parallel_rank if is_expert(mapping.megatron) else layout.data_parallel_rank
         is_tied_output = mapping.megatron == OUTPUT.megatron and mapping.sources != OUTPUT.sources
         if replica == 0 and not is_tied_output:
-            owned.append((mapping, parameter))
-    return sorted(owned, key=lambda pair: order[pair[0].megatron])
+            owned.append(Owned(mapping, name, parameter))
+    return sorted(owned, key=lambda each: order[each.mapping.megatron])
 
 
 def _names_by_writer(model: GPTModel, layout: Layout, config: ModelConfig) -> list[list[str]]:
     """Hugging Face tensors that each writing rank has, in order, stage by stage; the same list on every rank."""
-    mine = [name for mapping, _ in _owned_parameters(model, layout, config) for name in mapping.sources]
+    mine = [name for each in _owned_parameters(model, layout, config) for name in each.mapping.sources]
     ranks: list[list[str]] = [[] for _ in range(layout.world_size)]
     dist.all_gather_object(ranks, mine if layout.tensor_parallel_rank == 0 else [])
     return [names for names in ranks if names]

@@ -27,11 +27,11 @@ from megatron_tropd.hf_files import TensorFiles, listed
 from megatron_tropd.hf_mapping import OUTPUT, mappings
 from megatron_tropd.huggingface import Transfer, mapping_of, open_weights, read_parameter, refused_together
 from megatron_tropd.integrity import CheckpointError, require_space, seal, write_durably
-from megatron_tropd.models import build_model
+from megatron_tropd.models import build_without_weights
 from megatron_tropd.writing import on_main
 
 # isort: split
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 
 _PLAN = "import.json"
@@ -54,9 +54,9 @@ def import_huggingface(
         files, shapes = open_weights(folder, config, vocab_size=description.vocab_size)
         dtype = files.dtype()
     transfer = Transfer(len(shapes), sum(files.num_bytes(name) for name in shapes))
-    model = _model_without_weights(config, layout, description.vocab_size, dtype)
+    model = build_without_weights(config, layout, vocab_size=description.vocab_size, dtype=dtype)
     state = model.sharded_state_dict()
-    groups = _groups(list(state), layout)
+    groups = _groups(state, layout)
     pieces = {temporary / f"piece_{number:05d}": names for number, names in enumerate(groups)}
     plan = {"source": files.fingerprint(), "description": asdict(description), "layout": _sizes(layout)}
     done: list[Path] = []
@@ -96,23 +96,20 @@ def _missing(pieces: Iterable[Path], done: list[Path], *, told: bool) -> Iterato
     yield from tqdm(missing, "converting", total, initial=len(done), unit="piece", disable=not told)
 
 
-def _model_without_weights(config: ModelConfig, layout: Layout, vocab_size: int, dtype: torch.dtype) -> GPTModel:
-    meta = torch.device("meta")
-    with meta:
-        return build_model(
-            config, replace(layout, device=meta), vocab_size=vocab_size, max_sequence_length=1, dtype=dtype, seed=None
-        )
+def _groups(state: ShardedStateDict, layout: Layout) -> list[list[str]]:
+    """This rank's entries of each piece: the embedding, each of its layers in turn, the rest; as many on every rank.
 
-
-def _groups(names: list[str], layout: Layout) -> list[list[str]]:
-    """This rank's entries of each piece: the embedding, each of its layers in turn, the rest; as many on every rank."""
-    layers = [re.match(r"decoder\.layers\.(\d+)\.", name) for name in names]
-    own = 1 + max((int(layer[1]) for layer in layers if layer), default=-1)
+    The rest has the modules' own objects too, of all layers: Megatron wants those of one name together.
+    """
+    layers = {name: re.match(r"decoder\.layers\.(\d+)\.", name) for name in state}
     counts = [0] * layout.world_size
-    dist.all_gather_object(counts, own)
+    dist.all_gather_object(counts, 1 + max((int(layer[1]) for layer in layers.values() if layer), default=-1))
     groups: list[list[str]] = [[] for _ in range(max(counts) + 2)]
-    for name, layer in zip(names, layers, strict=True):
-        groups[int(layer[1]) + 1 if layer else 0 if name.startswith("embedding.") else -1].append(name)
+    for name, layer in layers.items():
+        if isinstance(state[name], ShardedObject):
+            groups[-1].append(name)
+        else:
+            groups[int(layer[1]) + 1 if layer else 0 if name.startswith("embedding.") else -1].append(name)
     return groups
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,14 @@ def build_model(
     if seed is not None:
         initialize_weights(model, layout, vocab_size=vocab_size, std=config.init_method_std, seed=seed)
     return model
+
+
+def build_without_weights(config: ModelConfig, layout: Layout, *, vocab_size: int, dtype: torch.dtype) -> GPTModel:
+    """This rank's slice of a model on the meta device: names, shapes and places in a checkpoint, and no memory."""
+    meta = torch.device("meta")
+    on_meta = replace(layout, device=meta)
+    with meta:
+        return build_model(config, on_meta, vocab_size=vocab_size, max_sequence_length=1, dtype=dtype, seed=None)
 
 
 def build_teacher(

@@ -72,24 +72,22 @@ def _written(action: Any) -> list[str]:
 # ------------------------------------------------------------------------------------------- same as a whole model
 
 
-def _compare(folders: dict[str, str], out: str) -> int:
-    """Imports of every family in several layouts, against a checkpoint of the loaded model; the most bytes at once."""
+def _compare(folders: dict[str, str], out: str) -> tuple[int, int]:
+    """Imports in several layouts, against a checkpoint of the loaded model, and exports; the most bytes at once."""
     from megatron_tropd import hf_import
     from megatron_tropd.checkpoint import load_weights
     from megatron_tropd.integrity import verify
     from megatron_tropd.models import build_model
+    from megatron_tropd.writing import write_state
     from tests import tiny
 
-    # isort: split
-    from megatron.core import dist_checkpointing
-
-    read, tracker = hf_import._read, _Tracker()
+    read, importing, exporting = hf_import._read, _Tracker(), _Tracker()
 
     def tracked(*arguments: Any) -> Any:
         state, not_finite = read(*arguments)
         for entry in state.values():
             if isinstance(getattr(entry, "data", None), torch.Tensor):
-                tracker.add(entry.data)
+                importing.add(entry.data)
         return state, not_finite
 
     hf_import._read = tracked
@@ -104,26 +102,44 @@ def _compare(folders: dict[str, str], out: str) -> int:
             model, config = _load(Path(folder), layout)
             whole = path.with_name(path.name + "-whole")
             whole.mkdir(exist_ok=True)
-            dist_checkpointing.save({"model": model.sharded_state_dict()}, str(whole))
+            write_state({"model": model.sharded_state_dict()}, whole)
             assert _metadata(path) == _metadata(whole), path
             sizes = {"vocab_size": hf_models.VOCAB_SIZE, "max_sequence_length": 64, "dtype": torch.float32}
             loaded = build_model(config, layout, **sizes, seed=1)
             load_weights(path, loaded, config, vocab_size=hf_models.VOCAB_SIZE, tokenizer="fingerprint")
             found = dict(loaded.named_parameters())
             assert all(torch.equal(found[own], each) for own, each in model.named_parameters()), path
-    return tracker.peak
+            _export(path, Path(folder), layout, config, exporting)
+    return importing.peak, exporting.peak
 
 
-def test_pieces_make_the_checkpoint_of_the_whole_model(tmp_path: Path) -> None:
+def _export(checkpoint: Path, folder: Path, layout: Any, config: Any, tracker: _Tracker) -> None:
+    """The checkpoint as a folder, read parameter by parameter, has the bits of the first."""
+    from megatron_tropd.checkpoint import weights_reader
+    from megatron_tropd.hf_export import export_huggingface
+    from megatron_tropd.models import build_without_weights
+
+    sizes = {"vocab_size": hf_models.VOCAB_SIZE}
+    model = build_without_weights(config, layout, **sizes, dtype=torch.float32)
+    load = weights_reader(checkpoint, model, config, **sizes, tokenizer="fingerprint")
+
+    out = checkpoint.with_name(checkpoint.name + "-back")
+    export_huggingface(
+        model, layout, config, out, folder, **sizes, load=lambda name: tracker.add(load(name)), max_shard_bytes=20_000
+    )
+    ours, theirs = hf_models.tensors_of(out), hf_models.tensors_of(folder)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs), out
+
+
+def test_pieces_make_the_checkpoint_of_the_whole_model_and_it_goes_back_by_layer(tmp_path: Path) -> None:
     folders = {name: hf_models.save_model(tmp_path / name, name) for name in ("qwen2", "qwen3_moe")}
     peaks = run_ranks(2, _compare, {name: str(path) for name, path in folders.items()}, str(tmp_path))
-    # Of the larger model: a rank holds a layer (of two stages the whole one), never two.
+    # Of the larger model: a rank holds a layer (of two stages the whole one), never two, and one parameter at a time.
     tensors = hf_models.tensors_of(folders["qwen3_moe"])
     a_layer = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.0."))
-    assert (
-        all(a_layer / 2 < peak <= a_layer for peak in peaks)
-        and a_layer < sum(tensor.nbytes for tensor in tensors.values()) / 4
-    )
+    for importing, exporting in peaks:
+        assert a_layer / 2 < importing <= a_layer and 0 < exporting < a_layer / 2
+    assert a_layer < sum(tensor.nbytes for tensor in tensors.values()) / 4
 
 
 # ------------------------------------------------------------------------------------------------- after a kill

@@ -1,12 +1,12 @@
-"""Convert between Hugging Face folders and the Megatron checkpoints of this package, both ways, on GPUs or the CPU.
+"""Convert between Hugging Face folders and the Megatron checkpoints of this package, both ways, on the CPU.
 
     python tools/convert_checkpoint.py hf-to-megatron --hf DIR --out DIR [--tp N --pp N --ep N]
     python tools/convert_checkpoint.py megatron-to-hf --megatron DIR --out DIR --hf DIR [--tp N --pp N --ep N]
 
 The ranks that share the work are started by the script itself (tp x pp x ep of them, each with its part of the model).
-A Megatron checkpoint loads in any other layout, so the sizes here are a matter of memory and speed alone. An import
-goes layer by layer on the CPU, and the host holds no more than one; an export holds the model. Started again after a
-kill, with the same sizes, both continue: an import with the layers, an export with the shards that it has written.
+A Megatron checkpoint loads in any other layout, so the sizes here are a matter of speed alone: a model goes through
+layer by layer, and no rank holds more than its part of one or the shard that it writes. Started again after a kill,
+with the same sizes, an import continues with the layers that it has written, an export with the shards.
 
 `--backend bridge` hands the work to Megatron-Bridge, where it is installed, for families this package does not carry.
 """
@@ -29,6 +29,8 @@ def main(arguments: list[str]) -> int:
     """Convert; returns the exit status (2 for what a user has to correct)."""
     from megatron_tropd.console import tell_once
 
+    # Nothing is computed, and what is on the disk has the same names: GPUs are not needed.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options = _parse(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -66,8 +68,6 @@ def _start_ranks(num_ranks: int, arguments: list[str]) -> int:
 
 def hf_to_megatron(options: argparse.Namespace) -> None:
     """Read a Hugging Face folder and write a checkpoint that ``student.load`` and ``teacher.load`` accept."""
-    # Nothing is computed, and what is on the disk has the same names: a GPU's memory is not needed.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_tropd.checkpoint import Description
     from megatron_tropd.config import architecture
     from megatron_tropd.hf_config import HuggingFaceError, model_config, read_config
@@ -95,7 +95,7 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
 
 def megatron_to_hf(options: argparse.Namespace) -> None:
     """Read a checkpoint of a run, or a converted one, and write a folder that ``transformers`` loads."""
-    from megatron_tropd.checkpoint import load_weights, read_description, resolve, weights_dtype
+    from megatron_tropd.checkpoint import read_description, resolve, weights_dtype, weights_reader
     from megatron_tropd.config import ModelConfig
     from megatron_tropd.hf_config import config_values, read_config
 
@@ -111,13 +111,14 @@ def megatron_to_hf(options: argparse.Namespace) -> None:
     def convert(layout: Any) -> Any:
         from megatron_tropd.hf_export import export_huggingface
         from megatron_tropd.integrity import digest
-        from megatron_tropd.models import build_model
+        from megatron_tropd.models import build_without_weights
 
         sizes: dict[str, Any] = {"vocab_size": description.vocab_size}
-        model = build_model(config, layout, **sizes, max_sequence_length=1, dtype=dtype, seed=None)
-        load_weights(path, model, config, **sizes, tokenizer=description.tokenizer)
-        source = digest(path)
-        return export_huggingface(model, layout, config, options.out, options.hf, **sizes, progress=True, source=source)
+        model = build_without_weights(config, layout, **sizes, dtype=dtype)
+        load = weights_reader(path, model, config, **sizes, tokenizer=description.tokenizer)
+        return export_huggingface(
+            model, layout, config, options.out, options.hf, **sizes, progress=True, source=digest(path), load=load
+        )
 
     _on_ranks(options, config, dtype, convert, started)
 
