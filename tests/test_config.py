@@ -240,6 +240,7 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"guidance": {"answers": None}, "objective": "seq-kd"}, 1, "train", "constant needs teacher answers"),
         ({"guidance": {"schedule": "none"}, "objective": "seq-kd"}, 1, "train", "use guidance.schedule=constant"),
         ({"guidance": {"answers": None}}, 1, "generate", "`generate` needs guidance.answers"),
+        ({"guidance": {"answers_per_shard": -1}}, 1, "generate", "answers_per_shard must be at least 1, or 0 for one"),
         ({"data": {"train": {}}}, 1, "train", "data.train is a mixture without files"),
         ({"tokenizer": {"teacher": "x"}}, 1, "train", "tokenizer.teacher is a path, and kind=characters has none"),
         ({"tokenizer": {"chat_template": "x"}}, 1, "train", "need control tokens; kind=characters has none"),
