@@ -29,8 +29,6 @@ def main(arguments: list[str]) -> int:
     """Convert; returns the exit status (2 for what a user has to correct)."""
     from megatron_tropd.console import tell_once
 
-    # Nothing is computed, and what is on the disk has the same names: GPUs are not needed.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options = _parse(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -39,6 +37,8 @@ def main(arguments: list[str]) -> int:
         if options.backend == "bridge":
             _convert_with_bridge(options)
             return 0
+        # Nothing is computed, and a checkpoint has the same names wherever it is written: GPUs are not needed.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         _check(options)
         if "RANK" in os.environ or _num_ranks(options) == 1:
             options.convert(options)
