@@ -444,12 +444,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _train_each(paths: list[str]) -> None:
+def _train_each(paths: list[str], to_evaluate: str | None = None) -> None:
     from megatron_tropd.config_parser import load_config
+    from megatron_tropd.evaluate import evaluate
     from megatron_tropd.trainer import train
 
     for path in paths:
         train(load_config(path, []))
+    if to_evaluate is not None:
+        evaluate(load_config(to_evaluate, []))
 
 
 def test_how_the_work_is_spread_changes_nothing(tmp_path: Path, data: Path) -> None:
@@ -461,11 +464,15 @@ def test_how_the_work_is_spread_changes_nothing(tmp_path: Path, data: Path) -> N
         )
         for name, parallel in LAYOUTS.items()
     }  # fmt: skip
-    run_ranks(2, _train_each, [str(path) for path in paths.values()], timeout=300)
+    copied = paths["inference copy"]
+    run_ranks(2, _train_each, [str(path) for path in paths.values()], str(copied), timeout=300)
     wanted, *others = [_metrics(path.parent / "run") for path in paths.values()]
     assert wanted[0]["grad_norm"] > 0 and any(step.get("outlier_share", 0) > 0 for step in wanted)
-    with (tmp_path / "inference copy" / "run" / "metrics.jsonl").open() as lines:
+    with (copied.parent / "run" / "metrics.jsonl").open() as lines:
         assert ["seconds_refit" in line for line in lines] == [True] * 3 + [False]
+    # `evaluate` starts in the copy's layout, and samples what the copy did at the end of the run.
+    measured = json.loads((copied.parent / "run" / "evaluation.json").read_text())
+    assert measured == pytest.approx({name: _metrics(copied.parent / "run")[-1][name] for name in measured})
     for found in others:
         for wanted_step, found_step in zip(wanted, found, strict=True):
             wanted_padding, padding = wanted_step.get("padding_share", 0), found_step.pop("padding_share", 0)
