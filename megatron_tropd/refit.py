@@ -96,16 +96,17 @@ class InferenceCopy:
         mine = _whole_hashes(self._source, self.trainer_layout), _whole_hashes(self._copy, self.layout)
         everyone = [mine] * self.layout.world_size
         dist.all_gather_object(everyone, mine)
-        wanted: dict[str, int] = {}
+        wanted: dict[str, tuple[int, int]] = {}
         for rank, (trainers, _) in enumerate(everyone):
             for name, found in trainers.items():
-                if wanted.setdefault(name, found) != found:
+                value, first_rank = wanted.setdefault(name, (found, rank))
+                if value != found:
                     raise RefitError(
-                        f"{name}: the trainer's weights on rank {rank} are not those of the other ranks, so there is "
-                        "nothing to refit from. Suspect that machine's memory or device; guard.replica_check_interval "
-                        "finds such a rank at the step where it happens"
+                        f"{name}: the trainer's weights on ranks {first_rank} and {rank} differ, so there is nothing "
+                        "to refit from. The last checkpoint is intact: start again with "
+                        "guard.replica_check_interval=1, which names the rank at fault"
                     )
-        for name, value in wanted.items():
+        for name, (value, _) in wanted.items():
             ranks = [rank for rank, (_, copies) in enumerate(everyone) if copies[name] != value]
             if ranks:
                 raise RefitError(

@@ -183,7 +183,7 @@ def test_the_copy_generates_what_the_trainers_weights_do(world_size: int) -> Non
                 )
                 assert "on ranks 0, 1 is not" in in_copy, "both hold a shard of the whole that is wrong"
                 assert in_trainer.startswith(
-                    "embedding.word_embeddings.weight: the trainer's weights on rank 1 are not"
+                    "embedding.word_embeddings.weight: the trainer's weights on ranks 0 and 1 differ"
                 )
 
 
