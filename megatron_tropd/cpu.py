@@ -70,7 +70,10 @@ def _import_megatron_uncompiled() -> None:
 
 
 class _CudaRequestsToCpu(TorchFunctionMode):
-    """Rewrite ``cuda`` devices in torch calls; answer ``Tensor.type()`` with the CUDA name Megatron compares with."""
+    """Rewrite ``cuda`` devices in torch calls; answer ``Tensor.type()`` with the CUDA name Megatron compares with.
+
+    Memory is pinned for copies to a GPU, so none is.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -81,6 +84,8 @@ class _CudaRequestsToCpu(TorchFunctionMode):
             return _CUDA_TYPE_NAMES[args[0].dtype]
         if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
         return func(*args, **(kwargs or {}))
@@ -165,14 +170,16 @@ def _replace_cuda_functions() -> None:
 
 
 def _replace_megatron_functions() -> None:
-    """Three Megatron helpers go around ``torch.cuda`` and need stand-ins of their own."""
+    """Helpers of Megatron that go around ``torch.cuda`` and need stand-ins of their own."""
     from megatron.core.inference import communication_utils
+    from megatron.core.inference.contexts import dynamic_context
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     communication_utils._is_cuda = lambda tensor: None
+    dynamic_context.triton_append_key_value_cache = None  # what it does where there is no Triton
     token_dispatcher.maybe_move_tensor_to_cpu = _as_if_moved
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import ON_CPU
+from megatron_tropd.paged_attention import PagedSelfAttention, have_flash_attention
 
 # isort: split
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -29,15 +30,18 @@ def choose_layer_spec(
     """The layers of this pipeline stage; says in the log which kind they are."""
     if use_transformer_engine():
         logger.info("layer spec: transformer-engine")
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.num_moe_experts is not None,
             qk_layernorm=config.qk_layernorm,
         )
+        _use_paged_attention(spec, transformer_config)
+        return spec
     logger.info("layer spec: local (transformer-engine is not usable here)")
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
+    _use_paged_attention(spec, transformer_config)
     if config.num_moe_experts is not None:
         # Megatron renames this norm on disk to where TE fuses it in a dense layer; before experts TE keeps it apart.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
@@ -47,6 +51,12 @@ def choose_layer_spec(
                 setattr(submodules, name, torch_norm)
     num_layers = get_num_layers_to_build(transformer_config, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=torch_norm)
+
+
+def _use_paged_attention(spec: ModuleSpec, transformer_config: TransformerConfig) -> None:
+    """Where flash-attn's kernels cannot run, attention that can do dynamic batching without them."""
+    if not have_flash_attention(transformer_config.params_dtype):
+        spec.submodules.self_attention.module = PagedSelfAttention
 
 
 def use_transformer_engine() -> bool:
