@@ -218,6 +218,17 @@ def _check_rollout(config: Config) -> None:
     for name in ("samples_per_prompt", "max_response_length", "max_batch_size"):
         require(getattr(rollout, name) >= 1, f"rollout.{name} must be at least 1, found {getattr(rollout, name)}")
     require(config.data.max_prompt_length >= 1, "data.max_prompt_length must be at least 1")
+    dynamic = rollout.dynamic
+    for name in ("block_size_tokens", "max_tokens"):
+        require(getattr(dynamic, name) >= 1, f"rollout.dynamic.{name} must be at least 1")
+    gb = dynamic.buffer_size_gb
+    require(gb is None or gb > 0, f"rollout.dynamic.buffer_size_gb must be above 0, found {gb}")
+    require(
+        not dynamic.cuda_graphs
+        or (config.student.num_moe_experts is None and config.parallel.pipeline_model_parallel_size == 1),
+        "rollout.dynamic.cuda_graphs needs a dense student (experts' counts decide sizes on the host) and "
+        "parallel.pipeline_model_parallel_size=1: set it to false",
+    )
 
 
 def _check_profile(config: Config, world_size: int) -> None:

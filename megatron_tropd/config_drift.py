@@ -35,6 +35,8 @@ MAY_CHANGE = frozenset(
         "rollout.max_batch_size",
         "rollout.tensor_model_parallel_size",
         "rollout.refit_check_interval",
+        "rollout.engine",
+        "rollout.dynamic",
         "tasks.num_validation",
         "student.load",
         "student.init_method_std",

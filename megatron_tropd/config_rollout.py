@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DynamicEngineConfig:
+    """Megatron's dynamic batching; the names are Megatron's `InferenceConfig`'s."""
+
+    block_size_tokens: int = 64
+    """Tokens of a KV block. A multiple of 256 where attention is flash-attn 2's."""
+    buffer_size_gb: float | None = None
+    """Most GiB of the KV cache on a rank; what does not fit waits, or is computed again. None: room for
+    rollout.max_batch_size sequences at their longest."""
+    max_tokens: int = 16384
+    """Most tokens of one forward pass: that many tokens of prompts are read at once."""
+    enable_chunked_prefill: bool = True
+    """Read a prompt in parts where it does not fit in max_tokens beside the sequences that decode."""
+    enable_prefix_caching: bool = True
+    """Samples of one prompt share the KV blocks of what they have in common."""
+    cuda_graphs: bool = False
+    """Replay decoding steps as CUDA graphs. On GPUs, for dense models without pipeline parallelism."""
 
 
 @dataclass(frozen=True)
@@ -26,3 +46,7 @@ class RolloutConfig:
     refit_check_interval: int = 50
     """With a copy: check, at its first refit and every this many, that hashes of every tensor agree with the trainer's;
     0: never."""
+    engine: Literal["auto", "static", "dynamic"] = "auto"
+    """Megatron's static batching, or its dynamic batching with a paged KV cache; auto: see docs/rollouts.md."""
+    dynamic: DynamicEngineConfig = field(default_factory=DynamicEngineConfig)
+    """Options of the dynamic engine."""

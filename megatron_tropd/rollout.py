@@ -8,16 +8,21 @@ distribution at one counter-based uniform.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from megatron_tropd.config import RolloutConfig
-from megatron_tropd.distributed import Layout
+from megatron_tropd.config import ConfigError
+from megatron_tropd.config_rollout import RolloutConfig
+from megatron_tropd.distributed import ON_CPU, Layout
+from megatron_tropd.dynamic_engine import DynamicEngine
 from megatron_tropd.static_engine import StaticEngine
 from megatron_tropd.types import Rollout, RolloutRequest
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutEngine(Protocol):
@@ -48,14 +53,31 @@ def build_engine(
     ``vocab_size`` is the number of ids student and teacher share; ``eos_id`` ends a response; ``seed`` keys
     the draws; ``with_entropies`` records the student's entropy at every sampled token.
     """
-    return StaticEngine(
-        model,
-        layout,
-        vocab_size=vocab_size,
-        eos_id=eos_id,
-        max_batch_size=config.max_batch_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=seed,
-        with_entropies=with_entropies,
-    )
+    kind, reason = choose_engine(config, layout)
+    logger.info("rollout engine: %s (%s)", kind, reason)
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "eos_id": eos_id,
+        "max_batch_size": config.max_batch_size,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "seed": seed,
+        "with_entropies": with_entropies,
+    }
+    if kind == "dynamic":
+        return DynamicEngine(model, layout, config.dynamic, **options)
+    return StaticEngine(model, layout, **options)
+
+
+def choose_engine(config: RolloutConfig, layout: Layout) -> tuple[str, str]:
+    """``static`` or ``dynamic``, and why. Raises ConfigError where the one asked for cannot run in this layout."""
+    if config.engine == "dynamic" and layout.expert_parallel_size > 1:
+        raise ConfigError(
+            "rollout.engine=dynamic needs all experts on every rank, for ranks that share them wait for one another: "
+            "set rollout.engine=static, or spread no experts over ranks"
+        )
+    if config.engine == "dynamic" and config.dynamic.cuda_graphs and ON_CPU:
+        raise ConfigError("rollout.dynamic.cuda_graphs needs a GPU, and there is none: set it to false")
+    if config.engine != "auto":
+        return config.engine, f"rollout.engine={config.engine}"
+    return "static", "the dynamic one is to be asked for until it has been measured on GPUs"

@@ -137,6 +137,36 @@ def test_a_whole_step_has_the_gradients_of_the_cpu(tmp_path: Path) -> None:
     assert found["gpu"][1]["loss"] == pytest.approx(found["cpu"][1]["loss"], rel=1e-4)
 
 
+def test_attention_over_pages_is_exact() -> None:
+    from megatron_tropd.kernels.paged_attention import attend_one_token
+    from tests.test_paged_attention import LENGTHS, WIDTHS, make_pages, worst_error
+
+    for sizes in (*WIDTHS, (16, 8, 64, 128), (32, 4, 256, 64)):
+        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+            pages = make_pages(*sizes, dtype, "cuda")
+            found = attend_one_token(**vars(pages))
+            assert worst_error(found, pages) < bound, (sizes, dtype)
+            assert not found[LENGTHS.index(0)].any()
+
+
+_ROLLOUTS = """
+from tests import tiny
+from tests.test_dynamic_engine import _assert_same, _build, _errors, _other_weights, _pairs
+layout = tiny.start(tp=1, pp=1)
+model = _build(layout)
+for name, (static, dynamic, report) in _pairs(model, layout).items():
+    print(name, report)
+    _assert_same(dynamic, static)
+_errors(model, layout)
+_assert_same(*_other_weights(model, layout))
+"""
+
+
+def test_dynamic_batching_gives_the_responses_of_static_batching() -> None:
+    """In fp32, with the kernel over pages and with CUDA graphs."""
+    _run([sys.executable, "-c", _ROLLOUTS], {**ON_CPU, "CUDA_VISIBLE_DEVICES": "0"})
+
+
 def test_whole_runs_in_bf16_and_fp32(tmp_path: Path, data: Path) -> None:
     """SFT, distillation with evaluations and checkpoints, resumption; fp32 close to the same run on the CPU."""
     metrics = {}

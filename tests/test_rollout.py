@@ -158,7 +158,7 @@ def _errors(engine: Any) -> list[str]:
     return messages
 
 
-def _train_around_a_rollout(layout: Any) -> dict[str, Any]:
+def _train_around_a_rollout(layout: Any, make_engine: Callable[..., Any] = _engine) -> dict[str, Any]:
     """Gradients before and after a rollout on the same model, and every trace that inference could leave."""
     import gc
 
@@ -176,7 +176,7 @@ def _train_around_a_rollout(layout: Any) -> dict[str, Any]:
     assert teacher is not None
     for model in (student, teacher):
         # More sequences than the step has, so that no buffer made in training is large enough.
-        _generate(_engine(model, layout, max_batch_size=100), requests(100))
+        _generate(make_engine(model, layout, max_batch_size=100), requests(100))
     traces = {
         "rng moved": not torch.equal(random_state, torch.get_rng_state()),
         "inference mode": InferenceMode.is_active() or torch.is_inference_mode_enabled(),

@@ -1,0 +1,54 @@
+"""What every engine asks of the requests it is given, and what it makes of their tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_tropd.types import Rollout, RolloutRequest
+
+
+def num_given_tokens(request: RolloutRequest) -> int:
+    """Tokens the engine starts from: prompt and prefix."""
+    return len(request.prompt.tokens) + len(request.prefix)
+
+
+def refuse_what_does_not_fit(
+    requests: Sequence[RolloutRequest], *, max_response_length: int, max_sequence_length: int
+) -> None:
+    """Raise ValueError where a sequence could outgrow the model or a prefix its budget."""
+    for request in requests:
+        prompt = request.prompt
+        if not prompt.tokens:
+            raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to continue")
+        if len(request.prefix) > max_response_length:
+            raise ValueError(
+                f"sample {request.sample_id}: a prefix of {len(request.prefix)} tokens exceeds "
+                f"max_response_length = {max_response_length}, the budget of prefix + response: "
+                "cut the one or raise the other"
+            )
+        if len(prompt.tokens) + max_response_length > max_sequence_length:
+            raise ValueError(
+                f"prompt {prompt.id!r} of {len(prompt.tokens)} tokens + max_response_length = "
+                f"{max_response_length} exceeds the model's longest sequence, "
+                f"{max_sequence_length}: shorten one of them"
+            )
+
+
+def without_response(request: RolloutRequest, eos_id: int) -> Rollout:
+    """The rollout of a request to which nothing is added."""
+    return Rollout(request, response=(), log_probs=(), finished=request.prefix[-1:] == (eos_id,))
+
+
+def checked_rollout(
+    request: RolloutRequest,
+    response: Sequence[int],
+    log_probs: Sequence[float],
+    entropies: Sequence[float],
+    *,
+    eos_id: int,
+) -> Rollout:
+    """The rollout of a response; raises ValueError where its log-probs are not numbers."""
+    if not all(map(math.isfinite, log_probs)):
+        raise ValueError(f"sample {request.sample_id}: the model's logits are not finite; its weights are broken")
+    return Rollout(request, tuple(response), tuple(log_probs), response[-1] == eos_id, tuple(entropies))
