@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_tropd import rollout
-from megatron_tropd.config_rollout import RolloutConfig
+from megatron_tropd import static_engine
+from megatron_tropd.config_rollout import DynamicEngineConfig, RolloutConfig
 from megatron_tropd.optimization import _inner_optimizers
 from megatron_tropd.prompt import Prompt
+from megatron_tropd.rollout import build_engine
 from megatron_tropd.step import Learner
 from megatron_tropd.types import RolloutRequest
 
@@ -83,20 +85,23 @@ class _Saved:
         self.counter.add(self.tensor.untyped_storage(), -1)
 
 
-def kv_cache_bytes(learner: Learner, *, rows: int, prompt_length: int, max_response_length: int) -> int:
-    """What Megatron allocates for keys and values while ``rows`` sequences are generated."""
+def kv_cache_bytes(
+    learner: Learner, *, rows: int, prompt_length: int, max_response_length: int, dynamic: DynamicEngineConfig | None
+) -> int:
+    """What Megatron allocates for keys and values while ``rows`` sequences are generated; static batching if None."""
     allocated: list[int] = []
 
-    class Watched(rollout.StaticInferenceContext):  # type: ignore[misc]
+    class Watched(static_engine.StaticInferenceContext):  # type: ignore[misc]
         def enable_decode_mode(self) -> None:
             super().enable_decode_mode()
             pairs = self.key_value_memory_dict.values()
             allocated.append(storage_bytes(tensor for pair in pairs for tensor in pair))
 
-    engine = rollout.build_engine(
+    config = RolloutConfig(engine="static", max_batch_size=rows)
+    engine = build_engine(
         learner.stage.module,
         learner.layout,
-        RolloutConfig(max_batch_size=rows),
+        config if dynamic is None else replace(config, engine="dynamic", dynamic=dynamic),
         vocab_size=learner.vocab_size,
         eos_id=learner.vocab_size + 1,  # never drawn: every sequence fills its budget
         seed=5,
@@ -104,6 +109,6 @@ def kv_cache_bytes(learner: Learner, *, rows: int, prompt_length: int, max_respo
     prompt = Prompt(id="p", text="p", tokens=(2,) * prompt_length, answer="")
     requests = [RolloutRequest(sample, prompt, ()) for sample in range(rows)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "StaticInferenceContext", Watched)
+        patch.setattr(static_engine, "StaticInferenceContext", Watched)
         engine.generate(requests, max_response_length=max_response_length)
-    return max(allocated)
+    return max(allocated) if isinstance(engine, static_engine.StaticEngine) else engine.report.kv_cache_bytes

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from megatron_tropd.config_rollout import DynamicEngineConfig
 from tests.ranks import run_ranks
 
 TOLERANCE = 0.1
+_RESIDENT = ("student_weights", "teacher_weights", "gradients", "optimizer")
+DYNAMIC = DynamicEngineConfig(block_size_tokens=8)
 BATCH, PROMPT, RESPONSE = 4, 12, 20
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}, {}),
@@ -32,7 +35,7 @@ def _config(parallel: dict[str, Any], training: dict[str, Any]) -> Any:
         teacher=replace(tiny.TEACHER, **wider),
         data=DataConfig(train="", max_prompt_length=PROMPT),
         output_dir="",
-        rollout=RolloutConfig(max_response_length=RESPONSE, max_batch_size=BATCH),
+        rollout=RolloutConfig(max_response_length=RESPONSE, max_batch_size=BATCH, engine="static", dynamic=DYNAMIC),
         parallel=ParallelConfig(**parallel),
         training=TrainingConfig(
             **{"micro_batch_size": BATCH, "global_batch_size": 2 * BATCH, "precision": "bf16"} | training
@@ -55,9 +58,10 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, in
     dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
     learner = tiny.build_learner(layout, student=config.student, teacher=config.teacher, dtype=dtype)
     found = measured_bytes.resident_bytes(learner)
-    found["kv_cache"] = measured_bytes.kv_cache_bytes(
-        learner, rows=BATCH, prompt_length=PROMPT, max_response_length=RESPONSE
-    )
+    for component, dynamic in (("kv_cache", None), ("kv_cache of blocks", DYNAMIC)):
+        found[component] = measured_bytes.kv_cache_bytes(
+            learner, rows=BATCH, prompt_length=PROMPT, max_response_length=RESPONSE, dynamic=dynamic
+        )
     if config.training.recompute:
         learner.stage.module.config.recompute_granularity = "full"
         learner.stage.module.config.recompute_method = "uniform"
@@ -114,15 +118,17 @@ def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, 
     world_size, parallel, training = LAYOUTS[name]
     config = _config(parallel, training)
     kinds = rank_memory(config, world_size, attention="unfused")
-    for stage, predicted in enumerate(kinds.values()):
+    blocks = replace(config, rollout=replace(config.rollout, engine="dynamic"))
+    of_blocks = rank_memory(blocks, world_size, attention="unfused")
+    for stage, (kind, predicted) in enumerate(kinds.items()):
         ranks = [rank for rank in measured[name] if rank["stage"] == stage]
-        expected = predicted.components()
+        expected = predicted.components() | {"kv_cache of blocks": of_blocks[kind].kv_cache}
         if config.training.recompute:
             # Beside the layers' inputs one layer at a time is whole again, which the planner counts as workspace.
             expected["activations"] += layer_activations(
                 config.student, 1, BATCH, PROMPT + RESPONSE, 2, "unfused", config.student.hidden_size
             )
-        for component in ("student_weights", "teacher_weights", "gradients", "optimizer", "kv_cache", "activations"):
+        for component in (*_RESIDENT, "kv_cache", "kv_cache of blocks", "activations"):
             # Of data-parallel ranks the fullest counts: the last one's shard of the optimizer ends in padding.
             found = max(rank[component] for rank in ranks)
             assert found > 0, component

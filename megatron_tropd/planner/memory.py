@@ -47,9 +47,9 @@ class RankMemory:
     """ahead: hidden states of the whole pass on the teacher's last stage, transient tensors of a layer, and the weights
     where they come from the host."""
     kv_cache: int
-    """Keys and values of one batch of the engine at its longest."""
+    """Keys and values of one batch of the engine at its longest, or the most that the dynamic engine may have."""
     prefill: int
-    """Transient tensors of one layer over a batch's prompts, and the logits of one position."""
+    """Transient tensors of one layer over the prompts read at once, and the logits of one position."""
 
     @property
     def resident(self) -> int:
@@ -252,16 +252,28 @@ class _Rank:
         return hidden // (self.student.data * self.student.tensor)
 
     def _rollout_bytes(self, e: int) -> tuple[int, int]:
-        """(KV cache, prefill) of the static engine: room for the longest sequence in every row of a batch."""
+        """(KV cache, prefill): room for the longest sequence in every row of a batch.
+
+        The dynamic engine takes whole blocks and one more, at most what the config lets it have; and it reads prompts
+        in parts.
+        """
         student, rollout, sizes = self.config.student, self.config.rollout, self.generating
         has_copy = rollout.tensor_model_parallel_size is not None
         rows = min(rollout.max_batch_size, self.config.training.global_batch_size // sizes.data)
         _, keys, _ = head_widths(student)
         layers = student.num_layers if has_copy else stage_layers(student, sizes.pipeline)[self.stage]
-        prefill = layer_transient(student, sizes.tensor, rows * self.config.data.max_prompt_length, e)
+        token = layers * 2 * (keys // sizes.tensor) * e
+        cache, read = rows * self.length * token, rows * self.config.data.max_prompt_length
+        if rollout.engine == "dynamic":
+            size = rollout.dynamic.block_size_tokens
+            cache = (rows * math.ceil(self.length / size) + 1) * size * token
+            if rollout.dynamic.buffer_size_gb is not None:
+                cache = min(cache, int(rollout.dynamic.buffer_size_gb * 2**30))
+            read = min(read, rollout.dynamic.max_tokens)
+        prefill = layer_transient(student, sizes.tensor, read, e)
         if self.is_last or has_copy:
             prefill += rows * padded_vocabulary(student, sizes.tensor) * 4
-        return layers * rows * self.length * 2 * (keys // sizes.tensor) * e, prefill
+        return cache, prefill
 
 
 def _head_bytes(config: Config, tensor: int, element: int) -> tuple[int, int]:
