@@ -20,49 +20,44 @@ from tests.test_run import REPOSITORY, _exit_report, _metrics, config_file
 data = test_run.data
 
 
-LAYOUTS: list[tuple[int, int, tuple[int, int] | None]] = [(1, 4, None), (2, 1, (1, 2))]
-"""Tensor- and pipeline-parallel size, and the teacher's own where it runs ahead."""
-
-
-def _reports() -> list[dict[str, Any]]:
-    """What this rank's watchdog reports after a step and a few responses, in each layout."""
+def _reports(tp: int, pp: int, ahead: tuple[int, int] | None) -> dict[str, Any]:
+    """What this rank's watchdog reports after a step and a few responses."""
     from megatron_tropd.config_rollout import RolloutConfig
     from megatron_tropd.rollout import build_engine
     from megatron_tropd.step import forward_backward
     from tests import tiny
     from tests.test_rollout import BUDGET, requests
 
-    found = []
-    for tp, pp, ahead in LAYOUTS:
-        layout = tiny.start(tp=tp, pp=pp)
-        watchdog = Watchdog(layout, timeout_seconds=60)
-        watchdog.start()
-        student = replace(tiny.STUDENT, num_layers=4)
-        learner = tiny.build_learner(layout, student=student, ahead=ahead)
-        forward_backward(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2))
-        module = learner.stage.module
-        engine = build_engine(module, layout, RolloutConfig(), vocab_size=tiny.VOCAB_SIZE, eos_id=0, seed=1)
-        engine.generate(requests(4)[2:], max_response_length=BUDGET)
-        found.append(watchdog.report())
-        watchdog.stop()
-    return found
+    layout = tiny.start(tp=tp, pp=pp)
+    watchdog = Watchdog(layout, timeout_seconds=60)
+    watchdog.start()
+    student = replace(tiny.STUDENT, num_layers=4)
+    learner = tiny.build_learner(layout, student=student, ahead=ahead)
+    forward_backward(learner, tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=2))
+    engine = build_engine(learner.stage.module, layout, RolloutConfig(), vocab_size=tiny.VOCAB_SIZE, eos_id=0, seed=1)
+    engine.generate(requests(4)[2:], max_response_length=BUDGET)
+    report = watchdog.report()
+    watchdog.stop()
+    return report
 
 
-def test_ranks_that_all_joined_have_begun_the_same_operations_and_messages() -> None:
-    by_layout = zip(*run_ranks(4, _reports), strict=True)
-    for (_, _, ahead), reports in zip(LAYOUTS, by_layout, strict=True):
-        pairs = {pair for report in reports for pair in report["messages"]}
-        if ahead is None:  # each stage to the next and, with gradients, to the one before
-            assert pairs == {"0>1", "1>0", "1>2", "2>1", "2>3", "3>2"}
-        assert len(pairs) >= 4
-        counts = counts_of(reports)
-        for name in set().union(*counts):
-            numbers = {count[name] for count in counts if name in count}
-            assert len(numbers) == 1, (name, counts)
-            assert name not in pairs or numbers != {0}
-        # One end of a message that the other has not come to waits for it.
-        reports[0]["messages"][min(pairs)] -= 1
-        assert find_hung(counts_of(reports), frozenset(pairs)) == [0]
+@pytest.mark.parametrize(("tp", "pp", "ahead"), [(1, 4, None), (2, 1, (1, 2))])
+def test_ranks_that_all_joined_have_begun_the_same_operations_and_messages(
+    tp: int, pp: int, ahead: tuple[int, int] | None
+) -> None:
+    reports = run_ranks(4, _reports, tp, pp, ahead)
+    pairs = {pair for report in reports for pair in report["messages"]}
+    if ahead is None:  # each stage to the next and, with gradients, to the one before
+        assert pairs == {"0>1", "1>0", "1>2", "2>1", "2>3", "3>2"}
+    assert len(pairs) >= 4
+    counts = counts_of(reports)
+    for name in set().union(*counts):
+        numbers = {count[name] for count in counts if name in count}
+        assert len(numbers) == 1, (name, counts)
+        assert name not in pairs or numbers != {0}
+    # One end of a message that the other has not come to waits for it.
+    reports[0]["messages"][min(pairs)] -= 1
+    assert find_hung(counts_of(reports), frozenset(pairs)) == [0]
 
 
 @pytest.mark.parametrize(
