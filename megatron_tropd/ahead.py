@@ -93,7 +93,10 @@ class TeacherAhead:
         jobs = [(replica, index) for replica, inputs in enumerate(everyone) for index in range(len(inputs))]
         shares = _split(len(jobs), self.layout.data_parallel_size)
         mine = shares[self.layout.data_parallel_rank]
-        found = self._forward([everyone[replica][index] for replica, index in jobs[mine.start : mine.stop]])
+        inputs = [everyone[replica][index] for replica, index in jobs[mine.start : mine.stop]]
+        if self.layout.expert_parallel_size > 1:  # ranks that share experts run as many micro-batches
+            inputs += [self._nothing()] * (max(map(len, shares)) - len(inputs))
+        found = self._forward(inputs)
         judged: list[Judged | None] = [None] * len(batch.micro_batches)
         for teacher_replica, share in enumerate(shares):
             for job in share:
@@ -150,6 +153,11 @@ class TeacherAhead:
             )
         self._put_away()
         return found if self.layout.is_last_stage else []
+
+    def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least that runs through the layers: a token for each rank that shares a sequence, none that counts."""
+        length = self.layout.tensor_parallel_size if self.layout.sequence_parallel else 1
+        return torch.zeros(1, length, dtype=torch.long), torch.zeros(0, dtype=torch.long)
 
     def _put_away(self) -> None:
         for weight, host in self._on_host:

@@ -199,6 +199,7 @@ def _micro_batch(
     log_probs_BS = np.zeros(shape, dtype=np.float32)
     weights_BS = np.zeros(shape, dtype=np.float32)
     advantages_BS = np.zeros(shape, dtype=np.float32)
+    padding_BS = np.ones(shape, dtype=bool)
     for row, rollout in enumerate(rows):
         if rollout is None:
             continue  # stays padding
@@ -207,6 +208,7 @@ def _micro_batch(
         # The one shift: position t reads token t and predicts token t + 1.
         start, end = len(prompt) - 1, len(trajectory) - 1
         tokens_BS[row, :end] = trajectory[:-1]
+        padding_BS[row, :end] = False
         labels_BS[row, start:end] = trajectory[1:][start:]
         regions_BS[row, start : start + len(prefix)] = TokenRegion.GUIDANCE
         regions_BS[row, start + len(prefix) : end] = TokenRegion.ON_POLICY
@@ -235,8 +237,10 @@ def _micro_batch(
         rollout_log_probs_BS=torch.from_numpy(log_probs_BS).to(device),
         advantages_BS=None if advantages is None else torch.from_numpy(advantages_BS).to(device),
         weights_BS=torch.from_numpy(weights_BS).to(device),
+        padding_BS=torch.from_numpy(padding_BS).to(device),
         loss_positions_N=torch.from_numpy(loss_positions_N).to(device),
         sample_ids=sample_ids,
+        num_tokens=int((~padding_BS).sum()),
         teacher=next((row.request.prompt.teacher for row in rows if row is not None), ""),
         num_loss_terms=int(terms_BS.any(axis=1).sum() if normalization == "sequences" else terms_BS.sum()),
         source_names=source_names,

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from megatron_tropd.config import ModelConfig, architecture
 from megatron_tropd.config_drift import DriftError, check_drift
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
-from megatron_tropd.optimization import load_optimizer_state
+from megatron_tropd.models import chunks_of
+from megatron_tropd.optimization import OPTIMIZER_FORMAT, load_optimizer_state
 from megatron_tropd.step import Learner
 from megatron_tropd.writing import BackgroundWriter, on_main, sharded_tensors, write_state
 
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "tropd.json"
 LATEST = "latest"
 _STEP = re.compile(r"step_([0-9]{1,18})")
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def save_checkpoint(
     temporary = folder / f"step_{description.step}.incomplete"
     is_main = learner.layout.is_main
     on_main(lambda: make_anew(temporary), is_main)
+    learner.gather.finish()
     state = _training_state(learner, is_loading=False)
     num_bytes = _global_bytes(state, learner.layout)
     on_main(lambda: require_space(temporary, num_bytes), is_main)
@@ -138,10 +139,12 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description, *, allo
     if knows_config:
         _show_drift(path, found, expected, allow=allow_config_changes, is_main=learner.layout.is_main)
     state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
-    learner.stage.module.load_state_dict(state["model"])
+    for name, student in _named(learner.students).items():
+        student.load_state_dict(state[name])
     load_optimizer_state(learner.optimizer, state["optimizer"])
     learner.scheduler.num_steps = 0  # loading counts on from where it is, which after a rollback is another step
     learner.scheduler.load_state_dict(state["scheduler"])
+    learner.gather.forget()
     if learner.replicas is not None:
         learner.replicas.forget()
     learner.guard.load_state_dict(state.get("guard", {}))  # absent where an older version of this package saved
@@ -157,11 +160,14 @@ def _show_drift(path: Path, found: Description, expected: Description, *, allow:
         logger.warning("the config has changed since %s:\n%s", path.name, "\n".join(f"  {line}" for line in changes))
 
 
-def load_weights(path: Path, model: GPTModel, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:
-    """Fill ``model`` from a checkpoint (``step_N``, or a folder with ``latest``), whatever layout wrote it."""
+def load_weights(path: Path, model: torch.nn.Module, config: ModelConfig, *, vocab_size: int, tokenizer: str) -> None:
+    """Fill ``model``, or the chunks of a rank in a ``ModuleList``, from a checkpoint (``step_N``, or a folder with
+    ``latest``), whatever layout wrote it."""
     path = _checked(path, config, vocab_size=vocab_size, tokenizer=tokenizer)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
-    model.load_state_dict(state["model"])
+    chunks = _named(chunks_of(model))
+    state = dist_checkpointing.load({name: chunk.sharded_state_dict() for name, chunk in chunks.items()}, str(path))
+    for name, chunk in chunks.items():
+        chunk.load_state_dict(state[name])
 
 
 def weights_reader(
@@ -292,17 +298,24 @@ def check_same(path: Path, found: Description, expected: Description) -> None:
 
 
 def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
-    model = learner.stage.module.sharded_state_dict()
+    students = _named(learner.students)
     # The optimizer rewrites entries of the dict it is given on some paths, so it gets its own.
     optimizer = learner.optimizer.sharded_state_dict(
-        learner.stage.module.sharded_state_dict(), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        {name: student.sharded_state_dict() for name, student in students.items()},
+        is_loading=is_loading,
+        metadata=OPTIMIZER_FORMAT,
     )
     return {
-        "model": model,
+        **{name: student.sharded_state_dict() for name, student in students.items()},
         "optimizer": optimizer,
         "scheduler": learner.scheduler.state_dict(),
         "guard": learner.guard.state_dict(),
     }
+
+
+def _named(chunks: Sequence[GPTModel]) -> dict[str, GPTModel]:
+    """Where a rank's state has its model chunks. On disk tensors have names of their own, the same in every layout."""
+    return {"model" if len(chunks) == 1 else f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -51,6 +51,9 @@ class ModelConfig:
     """Experts that each token is sent to."""
     moe_router_pre_softmax: bool = False
     """Weigh the chosen experts by their probability among all, instead of among the chosen (norm_topk_prob: false)."""
+    moe_aux_loss_coeff: float = 0.0
+    """Student only: coefficient of the routers' load-balancing loss, added to the objective's; 0 keeps it out. 1 is its
+    value where all experts get as many tokens, per layer; models are pre-trained with about 0.001."""
     rotary_base: int = 10000
     """Base period of the rotary position embedding."""
     rope_scaling_factor: float | None = None
@@ -89,6 +92,15 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Between layers, spread the positions over the tensor-parallel ranks: their activations take 1/tp of the memory,
     for the same traffic. Switched off while generating."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Training: model chunks of each pipeline rank, which take turns (interleaved 1F1B): the bubble is that many times
+    smaller, for as many times the messages. A teacher ahead is not cut so."""
+    expert_model_parallel_size: int = 1
+    """Training: ranks of a pipeline stage that the experts of a model with experts are spread over; they may be of
+    different data-parallel replicas. `generate` and `evaluate` do not spread them."""
+    expert_tensor_parallel_size: int | None = None
+    """Training: ranks that share each expert, where experts are spread; None: tensor_model_parallel_size. 1 leaves
+    experts whole."""
     teacher_schedule: Literal["shared", "ahead"] = "shared"
     """shared: the teacher's stage runs beside the student's, micro-batch by micro-batch. ahead: the teacher judges the
     whole rollout batch first, in a layout of its own if the sizes below are set; one hidden state for each response
@@ -97,6 +109,8 @@ class ParallelConfig:
     """teacher_schedule=ahead, and `generate`: the teacher's; None: the student's."""
     teacher_pipeline_model_parallel_size: int | None = None
     """teacher_schedule=ahead, and `generate`: the teacher's; None: the student's."""
+    teacher_expert_model_parallel_size: int | None = None
+    """teacher_schedule=ahead: the teacher's; None: the student's."""
     teacher_hidden: Literal["device", "host"] = "device"
     """teacher_schedule=ahead: where hidden states wait, on the device or in pinned host memory."""
     offload_teacher: bool = False
@@ -204,6 +218,9 @@ class OptimizerConfig:
     gradients stay on the device, the step waits for both ways over the bus. Needs use_distributed_optimizer."""
     optimizer_offload_fraction: float = 1.0
     """optimizer_cpu_offload: the share of the parameters whose state is in host memory."""
+    overlap_param_gather: bool = False
+    """Gather the weights that the sharded optimizer has moved behind the next forward instead of at once. Generation
+    needs them whole, so it gains where steps follow one another: `sft`, and training.steps_per_rollout above 1."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +348,7 @@ class Config:
 
 _WEIGHTLESS_FIELDS = (
     "load",
+    "moe_aux_loss_coeff",
     "vocab_size",
     "init_method_std",
     "make_vocab_size_divisible_by",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_schedule
 from megatron_tropd.config_data_checks import check_data
+from megatron_tropd.config_layout_checks import check_experts, check_interleaved
 from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
 from megatron_tropd.config_require import collecting, require
 
@@ -45,12 +46,9 @@ def validate(config: Config, world_size: int, command: str) -> None:
     _check_profile(config, world_size)
     _check_evaluation(config)
     check_data(config)
+    check_interleaved(config, command, pipeline=pp, data=world_size // (tp * pp))
+    check_experts(config, world_size, command, student=(tp, pp), teacher=teacher_sizes(config))
     if command in ("train", "sft"):
-        require(
-            config.student.num_moe_experts is None or tp == 1 or parallel.sequence_parallel,
-            f"a student with experts trains with tensor_model_parallel_size {tp} only where positions are spread too "
-            "(Megatron asks for it): set parallel.sequence_parallel=true",
-        )
         _check_training(config, world_size // (tp * pp), command)
     if command in ("train", "generate"):
         _check_guidance(config, command)
@@ -205,6 +203,11 @@ def _check_numbers(config: Config) -> None:
     require(
         optimizer.min_lr <= optimizer.lr,
         f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}: lower it",
+    )
+    require(
+        optimizer.use_distributed_optimizer or not optimizer.overlap_param_gather,
+        "optimizer.overlap_param_gather is about the sharded optimizer: set use_distributed_optimizer=true, or "
+        "leave it out",
     )
     for name in ("adam_beta1", "adam_beta2"):
         beta = getattr(optimizer, name)

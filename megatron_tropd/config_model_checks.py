@@ -45,11 +45,11 @@ def check_model(name: str, model: ModelConfig, tp: int, pp: int, tp_name: str = 
         f"{name}.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
         f"{model.num_attention_heads}: set {name}.kv_channels",
     )
-    _check_experts(name, model, tp, tp_name)
+    _check_experts(name, model)
     _check_pipeline(name, model, pp)
 
 
-def _check_experts(name: str, model: ModelConfig, tp: int, tp_name: str) -> None:
+def _check_experts(name: str, model: ModelConfig) -> None:
     experts, width = model.num_moe_experts, model.moe_ffn_hidden_size
     require(
         (experts is None) == (width is None),
@@ -59,11 +59,6 @@ def _check_experts(name: str, model: ModelConfig, tp: int, tp_name: str) -> None
         require(
             model.moe_router_topk <= experts,
             f"{name}.moe_router_topk {model.moe_router_topk} is more than {name}.num_moe_experts {experts}",
-        )
-        require(
-            width % tp == 0,
-            f"{name}.moe_ffn_hidden_size {width} is not divisible by {tp_name} {tp}: use a tensor parallel size that "
-            "divides it",
         )
 
 
@@ -102,6 +97,12 @@ def check_inference_copy(config: Config, world_size: int) -> None:
         "their number",
     )
     check_model("student", one_stage(student), tp, 1, "rollout.tensor_model_parallel_size")
+    width = student.moe_ffn_hidden_size
+    require(
+        width is None or width % tp == 0,
+        f"student.moe_ffn_hidden_size {width} is not divisible by rollout.tensor_model_parallel_size {tp}: use a size "
+        "that divides it",
+    )
     require(
         student.make_vocab_size_divisible_by * trainer_tp % tp == 0,
         f"rollout.tensor_model_parallel_size {tp} does not divide student.make_vocab_size_divisible_by "

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -86,9 +87,37 @@ class _CudaRequestsToCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": CPU}
         if kwargs and kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
+        if func is dist.all_gather and len({part.shape for part in args[0]}) > 1:
+            return _all_gather_uneven(*args, **(kwargs or {}))
+        if func is dist.reduce_scatter and len({part.shape for part in args[1]}) > 1:
+            return _reduce_scatter_uneven(*args, **(kwargs or {}))
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
         return func(*args, **(kwargs or {}))
+
+
+def _all_gather_uneven(
+    parts: list[torch.Tensor], mine: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+) -> None:
+    """``dist.all_gather`` of tensors that differ in their first dimension, which gloo lacks (experts' tokens do)."""
+    assert not async_op
+    longest = max(len(part) for part in parts)
+    padded = mine.new_zeros(longest, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    received = [torch.empty_like(padded) for _ in parts]
+    dist.all_gather(received, padded, group=group)
+    for part, found in zip(parts, received, strict=True):
+        part.copy_(found[: len(part)])
+
+
+def _reduce_scatter_uneven(
+    mine: torch.Tensor, parts: list[torch.Tensor], op: Any, group: dist.ProcessGroup, async_op: bool = False
+) -> None:
+    """``dist.reduce_scatter`` of the same."""
+    assert not async_op
+    whole = torch.cat(parts)
+    dist.all_reduce(whole, op=op, group=group)
+    mine.copy_(whole.split([len(part) for part in parts])[dist.get_rank(group)])
 
 
 def _is_cuda(device: Any) -> bool:

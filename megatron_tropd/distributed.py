@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -43,10 +43,10 @@ class Layout:
     tensor_parallel_size: int
     pipeline_rank: int
     pipeline_size: int
+    virtual_pipeline_size: int
+    """Model chunks of each pipeline rank; 1: its layers follow one another."""
     expert_parallel_rank: int
     expert_parallel_size: int
-    expert_data_parallel_rank: int
-    """Counts the ranks that hold the same experts; without expert parallelism it is the data-parallel rank."""
     sequence_parallel: bool
     """Between layers each tensor-parallel rank has its own part of the positions."""
     device: torch.device
@@ -67,6 +67,14 @@ class Layout:
         """Holds the output layer and computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    def has_embedding(self, chunk: int) -> bool:
+        """Whether this rank's model chunk of that number is the model's first."""
+        return self.is_first_stage and chunk == 0
+
+    def has_output(self, chunk: int) -> bool:
+        """Whether this rank's model chunk of that number is the model's last."""
+        return self.is_last_stage and chunk == self.virtual_pipeline_size - 1
+
     @property
     def is_main(self) -> bool:
         """Rank 0: the one that prints and writes files."""
@@ -76,6 +84,16 @@ class Layout:
     def is_model_replica_leader(self) -> bool:
         """One rank for each data-parallel replica: first tensor-parallel rank of the last stage."""
         return self.is_last_stage and self.tensor_parallel_rank == 0
+
+    def weight_group(self, *, is_expert: bool) -> dist.ProcessGroup:
+        """The ranks that share each weight matrix: experts may be cut over fewer of them than other layers."""
+        group: dist.ProcessGroup = self.groups.expt_tp if is_expert else self.groups.tp
+        return group
+
+    def replica_group(self, *, is_expert: bool) -> dist.ProcessGroup:
+        """The ranks that hold the same part of a weight as this one."""
+        group: dist.ProcessGroup = self.groups.expt_dp if is_expert else self.groups.dp
+        return group
 
     def first_expert(self, num_experts: int | None) -> int:
         """Number of the first expert that this rank holds, of ``num_experts`` in each layer (None: a dense model)."""
@@ -89,11 +107,14 @@ def initialize(
     seed: int,
     timeout_minutes: float,
     sequence_parallel: bool = False,
+    virtual_pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
 ) -> Layout:
     """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
 
-    Experts are spread over ``expert_model_parallel_size`` data-parallel ranks, and each is cut like a dense layer.
+    Experts are spread over ``expert_model_parallel_size`` ranks of a pipeline stage, and each is cut over
+    ``expert_tensor_parallel_size`` ranks (None: like a dense layer).
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them a single
     process forms a group of its own. Groups wait a minute longer than ``timeout_minutes``: the watchdog, which can name
@@ -117,10 +138,12 @@ def initialize(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             expert_model_parallel_size=expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     seed_everything(seed)
-    return _current_layout(device, timeout, owns_world, sequence_parallel)
+    layout = _current_layout(device, timeout, owns_world, sequence_parallel)
+    return replace(layout, virtual_pipeline_size=virtual_pipeline_model_parallel_size)
 
 
 def _start_world(timeout: timedelta) -> None:
@@ -152,9 +175,9 @@ def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, 
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_size=1,  # Megatron's models and schedules take it as an argument
         expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
-        expert_data_parallel_rank=parallel_state.get_expert_data_parallel_rank(),
         sequence_parallel=sequence_parallel,
         device=device,
         timeout=timeout,
@@ -163,7 +186,14 @@ def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, 
     )
 
 
-def another_layout(first: Layout, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> Layout:
+def another_layout(
+    first: Layout,
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+) -> Layout:
     """A second layout over the same ranks, for a model of its own; work on it inside `active`.
 
     Megatron keeps its groups in module globals, so those of ``first`` are put aside while the second are made.
@@ -173,6 +203,8 @@ def another_layout(first: Layout, *, tensor_model_parallel_size: int, pipeline_m
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
             distributed_timeout_minutes=first.timeout.total_seconds() / 60,
         )
         sequence_parallel = first.sequence_parallel and tensor_model_parallel_size > 1

@@ -196,19 +196,21 @@ def describe(config: Config, world_size: int) -> str:
     layout, own = student_layout(config, world_size), teacher_layout(config, world_size)
     generating = rollout_layout(config, world_size)
     length = config.data.max_prompt_length + rollout.max_response_length
-    rows = micro_batch_rows(config)
+    rows, chunks = micro_batch_rows(config), parallel.virtual_pipeline_model_parallel_size
     num_micro_batches = math.ceil(training.global_batch_size / (rows * layout.data))
     packing = ""
     if training.micro_batch_tokens is not None:
         packing = f", fewer of more where sequences are shorter ({training.micro_batch_tokens:,} positions)"
     lines = [
         f"run        {config.objective}, {training.train_iters} steps, in {config.output_dir}",
-        f"layout     {_sizes(layout)}" + ", sequence parallel" * parallel.sequence_parallel,
+        f"layout     {_sizes(layout)}"
+        + ", sequence parallel" * parallel.sequence_parallel
+        + f", {chunks} chunks a pipeline rank" * (chunks > 1),
         *([f"           teacher ahead: {_sizes(own)}"] if parallel.teacher_schedule == "ahead" else []),
         *([f"           rollouts on a copy: {_sizes(generating)}"] if rollout.tensor_model_parallel_size else []),
         *(
             f"{name:<11}{model_parameters(model) / 1e9:.3f} B parameters; on a rank of each stage "
-            + ", ".join(f"{count / 1e9:.3f} B" for count in stage_parameters(model, sizes.tensor, sizes.pipeline))
+            + ", ".join(f"{count / 1e9:.3f} B" for count in _stage_parameters(model, sizes))
             for name, model, sizes in (("student", config.student, layout), ("teacher", config.teacher, own))
             if model is not None
         ),
@@ -224,8 +226,13 @@ def describe(config: Config, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def _stage_parameters(model: ModelConfig, sizes: Sizes) -> list[int]:
+    return stage_parameters(model, sizes.tensor, sizes.pipeline, sizes.experts)
+
+
 def _sizes(layout: Sizes) -> str:
-    return f"{layout.world} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    spread = "" if layout.experts is None else f", experts over {layout.experts} of a stage's"
+    return f"{layout.world} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{spread}"
 
 
 def with_vocab_sizes(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> Config:

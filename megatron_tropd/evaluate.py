@@ -170,7 +170,8 @@ def evaluate(config: Config) -> None:
         if newest is not None:
             config = replace(config, student=replace(config.student, load=str(newest)))
         run.config = config = replace(config, student=student_architecture(config, "evaluate"))
-        engines = Engines(load_student(run), run.layout)
+        (model,) = load_student(run)
+        engines = Engines(model, run.layout)
         size = vocab_size(config.student, run.tokenizer)
         metrics, samples = Evaluator(run, engines, vocab_size=size, num_prompts=None).measure()
         if run.layout.is_main:

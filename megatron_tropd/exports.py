@@ -6,14 +6,13 @@ import logging
 import shutil
 from pathlib import Path
 
+import torch
+
 from megatron_tropd.config import Config, ConfigError
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
 from megatron_tropd.hf_export import export_huggingface
 from megatron_tropd.writing import on_main
-
-# isort: split
-from megatron.core.models.gpt import GPTModel
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +23,9 @@ def exports(config: Config) -> bool:
 
 
 def export_student(
-    model: GPTModel, layout: Layout, config: Config, step: int, *, vocab_size: int, anew: bool = False
+    model: torch.nn.Module, layout: Layout, config: Config, step: int, *, vocab_size: int, anew: bool = False
 ) -> None:
-    """Write ``model``, the student after ``step`` steps (all ranks call this).
+    """Write ``model`` (or its chunks), the student after ``step`` steps; all ranks call this.
 
     A folder that is there is left alone; with ``anew`` it is of a run that crashed behind its last checkpoint, and is
     replaced. Raises HuggingFaceError on every rank where it cannot be written.

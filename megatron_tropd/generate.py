@@ -64,8 +64,9 @@ def _open_store(run: Run) -> Writer | None:
 def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: Writer | None, bar: tqdm) -> None:
     config, layout = run.config, run.layout
     assert config.teacher is not None
+    (model,) = load_teacher(run, name=teacher)
     engine = build_engine(
-        load_teacher(run, name=teacher),
+        model,
         layout,
         config.rollout,
         vocab_size=min(

@@ -24,9 +24,7 @@ from megatron_tropd.hf_config import CONFIG, HuggingFaceError, config_values, re
 from megatron_tropd.hf_files import CARRIED_FILES, listed, plan_shards, require_room, write_index, write_shard
 from megatron_tropd.hf_mapping import OUTPUT, Mapping, is_expert, mappings, source_shapes, unpack
 from megatron_tropd.huggingface import Transfer, all_shapes, mapping_of, refused_together
-
-# isort: split
-from megatron.core.models.gpt import GPTModel
+from megatron_tropd.models import chunks_of
 
 Load = Callable[[str], torch.Tensor]
 """Reads a parameter of this rank by its name in the model."""
@@ -36,7 +34,7 @@ _PLAN = "export.json"
 
 
 def export_huggingface(
-    model: GPTModel,
+    model: torch.nn.Module,
     layout: Layout,
     config: ModelConfig,
     out: Path,
@@ -48,7 +46,8 @@ def export_huggingface(
     source: str | None = None,
     load: Load | None = None,
 ) -> Transfer:
-    """Write ``model`` as a Hugging Face folder in the model's dtype: safetensors shards, index, config, tokenizer.
+    """Write ``model``, or the chunks of a rank in a ``ModuleList``, as a Hugging Face folder in the model's dtype:
+    safetensors shards, index, config, tokenizer.
 
     ``reference_folder`` is of the same family: what config.json says beyond the architecture, the generation config and
     the tokenizer come from there. Padded vocabulary rows are cut off. With ``load`` the ``model`` needs no weights,
@@ -112,9 +111,9 @@ def _continue_or_begin(folder: Path, source: str | None, shards: dict[str, list[
 
 
 def _missing(
-    model: GPTModel, layout: Layout, config: ModelConfig, shards: dict[str, list[str]], written: list[str]
+    model: torch.nn.Module, layout: Layout, config: ModelConfig, shards: dict[str, list[str]], written: list[str]
 ) -> list[Owned]:
-    """The parameters that this rank's tensor-parallel group has to write, without those of shards that are there."""
+    """The parameters that this rank has to help to write, without those of shards that are there."""
     there = {name for file in written for name in shards[file]}
     return [each for each in _owned_parameters(model, layout, config) if not there.issuperset(each.mapping.sources)]
 
@@ -169,15 +168,15 @@ def _write_own_shards(
 def _gather(
     mapping: Mapping, own: torch.Tensor, layout: Layout, config: ModelConfig, *, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The whole Hugging Face tensors of one parameter, on the host of the first tensor-parallel rank alone."""
+    """The whole Hugging Face tensors of one parameter, on the host of the first rank that shares it alone."""
     shard = own.contiguous()
     shards = [shard]
-    if mapping.cut is not None and layout.tensor_parallel_size > 1:
-        is_first = layout.tensor_parallel_rank == 0
-        received = [torch.empty_like(shard) for _ in range(layout.tensor_parallel_size)] if is_first else None
-        dist.gather(shard, received, group=layout.groups.tp, group_dst=0)
+    group = layout.weight_group(is_expert=is_expert(mapping.megatron))
+    if mapping.cut is not None and group.size() > 1:
+        received = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+        dist.gather(shard, received, group=group, group_dst=0)
         shards = received or []
-    if layout.tensor_parallel_rank != 0:
+    if group.rank() != 0:
         return {}
     cuts = zip(*(unpack(mapping, each.cpu(), config) for each in shards), strict=True)
     whole = {
@@ -189,7 +188,7 @@ def _gather(
 
 @dataclass(frozen=True)
 class Owned:
-    """A parameter that this rank's tensor-parallel group writes."""
+    """A parameter that this rank helps to write."""
 
     mapping: Mapping
     name: str
@@ -197,26 +196,31 @@ class Owned:
     parameter: torch.nn.Parameter
 
 
-def _owned_parameters(model: GPTModel, layout: Layout, config: ModelConfig) -> list[Owned]:
-    """What this rank's tensor-parallel group writes, in checkpoint order.
+def _owned_parameters(model: torch.nn.Module, layout: Layout, config: ModelConfig) -> list[Owned]:
+    """What this rank helps to write, in checkpoint order: one and the same on those that share a parameter.
 
     Each is written by the first of its replicas; a tied output layer is the first stage's to write.
     """
     by_name = {mapping.megatron: mapping for mapping in mappings(config)}
     order = {name: index for index, name in enumerate(by_name)}
     owned = []
-    for name, parameter in model.named_parameters():
-        mapping = mapping_of(model, name, layout, config, by_name)
-        replica = layout.expert_data_parallel_rank if is_expert(mapping.megatron) else layout.data_parallel_rank
+    for chunk, name, parameter in ((one, *named) for one in chunks_of(model) for named in one.named_parameters()):
+        mapping = mapping_of(chunk, name, layout, config, by_name)
+        replicas = layout.replica_group(is_expert=is_expert(mapping.megatron))
         is_tied_output = mapping.megatron == OUTPUT.megatron and mapping.sources != OUTPUT.sources
-        if replica == 0 and not is_tied_output:
+        if replicas.rank() == 0 and not is_tied_output:
             owned.append(Owned(mapping, name, parameter))
     return sorted(owned, key=lambda each: order[each.mapping.megatron])
 
 
-def _names_by_writer(model: GPTModel, layout: Layout, config: ModelConfig) -> list[list[str]]:
+def _names_by_writer(model: torch.nn.Module, layout: Layout, config: ModelConfig) -> list[list[str]]:
     """Hugging Face tensors that each writing rank has, in order, stage by stage; the same list on every rank."""
-    mine = [name for each in _owned_parameters(model, layout, config) for name in each.mapping.sources]
+    mine = [
+        name
+        for each in _owned_parameters(model, layout, config)
+        if layout.weight_group(is_expert=is_expert(each.mapping.megatron)).rank() == 0
+        for name in each.mapping.sources
+    ]
     ranks: list[list[str]] = [[] for _ in range(layout.world_size)]
-    dist.all_gather_object(ranks, mine if layout.tensor_parallel_rank == 0 else [])
+    dist.all_gather_object(ranks, mine)
     return [names for names in ranks if names]

@@ -20,7 +20,16 @@ from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.hf_config import HuggingFaceError, differing_fields, model_config, read_config
 from megatron_tropd.hf_files import TensorFiles, listed
-from megatron_tropd.hf_mapping import EMBEDDING, Mapping, global_expert_name, mappings, pack, source_shapes, table_name
+from megatron_tropd.hf_mapping import (
+    EMBEDDING,
+    Mapping,
+    global_expert_name,
+    is_expert,
+    mappings,
+    pack,
+    source_shapes,
+    table_name,
+)
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -91,10 +100,11 @@ def read_parameter(
         if mapping.cut is None:
             parts[name] = files.read(name)
             continue
-        size = shape[mapping.cut] // layout.tensor_parallel_size
+        group = layout.weight_group(is_expert=is_expert(mapping.megatron))
+        size = shape[mapping.cut] // group.size()
         if "V" in mapping.sources[name]:
             size = num_rows
-        start = layout.tensor_parallel_rank * size
+        start = group.rank() * size
         parts[name] = files.read(name, mapping.cut, start, min(start + size, shape[mapping.cut]))
     not_finite = [name for name, part in parts.items() if not part.isfinite().all()]
     return pack(mapping, list(parts.values()), config), not_finite

@@ -9,6 +9,7 @@ import torch
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import ON_CPU
+from megatron_tropd.experts import BalancedRouter
 from megatron_tropd.paged_attention import PagedSelfAttention, have_flash_attention
 
 # isort: split
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def choose_layer_spec(
-    config: ModelConfig, transformer_config: TransformerConfig, pipeline_rank: int
+    config: ModelConfig, transformer_config: TransformerConfig, pipeline_rank: int, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of this pipeline stage; says in the log which kind they are."""
+    """The layers of this pipeline stage, or of its chunk ``vp_stage``; says in the log which kind they are."""
     if use_transformer_engine():
         logger.info("layer spec: transformer-engine")
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -36,6 +37,7 @@ def choose_layer_spec(
             qk_layernorm=config.qk_layernorm,
         )
         _use_paged_attention(spec, transformer_config)
+        _balance_experts(spec, config)
         return spec
     logger.info("layer spec: local (transformer-engine is not usable here)")
     spec = get_gpt_layer_local_spec(
@@ -45,11 +47,12 @@ def choose_layer_spec(
     if config.num_moe_experts is not None:
         # Megatron renames this norm on disk to where TE fuses it in a dense layer; before experts TE keeps it apart.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    _balance_experts(spec, config)
     for submodules in (spec.submodules, spec.submodules.self_attention.submodules):
         for name, value in vars(submodules).items():
             if value is WrappedTorchNorm:
                 setattr(submodules, name, torch_norm)
-    num_layers = get_num_layers_to_build(transformer_config, pp_rank=pipeline_rank)
+    num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=torch_norm)
 
 
@@ -57,6 +60,12 @@ def _use_paged_attention(spec: ModuleSpec, transformer_config: TransformerConfig
     """Where flash-attn's kernels cannot run, attention that can do dynamic batching without them."""
     if not have_flash_attention(transformer_config.params_dtype):
         spec.submodules.self_attention.module = PagedSelfAttention
+
+
+def _balance_experts(spec: ModuleSpec, config: ModelConfig) -> None:
+    """Give the layer's experts the router that has a load-balancing loss, where it has a coefficient."""
+    if config.moe_aux_loss_coeff:
+        spec.submodules.mlp.keywords["submodules"].router = BalancedRouter
 
 
 def use_transformer_engine() -> bool:

@@ -152,7 +152,7 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     ``teacher_top_k_mass`` and ``top_k_divergence`` (nats) over the rows that needed a top-k, entropies
     in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
     = mean |trainer - engine| in nats, and its maximum, ``clipped_ratio_share`` of on-policy tokens where PPO's
-    clip acts.
+    clip acts, and ``load_balancing_loss`` (``experts.LoadBalance``) where the student's routers have one.
     """
     on_policy = max(sums["on_policy_tokens"], 1.0)
     response = max(sums["on_policy_tokens"] + sums["guidance_tokens"], 1.0)
@@ -174,6 +174,7 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "log_prob_gap": sums["log_prob_gap"] / on_policy,
         "clipped_ratio_share": sums["clipped"] / on_policy,
         "log_prob_gap_max": sums["log_prob_gap_max"] if any_on_policy else 0.0,
+        **{name: sums[name] for name in ("load_balancing_loss",) if name in sums},
     }
 
 

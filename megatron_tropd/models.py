@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.determinism import is_deterministic
 from megatron_tropd.distributed import ON_CPU, Layout
-from megatron_tropd.hf_mapping import expert_name, global_expert_name
+from megatron_tropd.hf_mapping import expert_name, global_expert_name, is_expert
 from megatron_tropd.layer_spec import choose_layer_spec, use_transformer_engine
 
 # isort: split
@@ -41,31 +42,34 @@ def build_model(
     dtype: torch.dtype,
     seed: int | None,
     recompute: bool = False,
+    chunk: int = 0,
 ) -> GPTModel:
-    """This rank's slice of a model with freshly initialised weights.
+    """This rank's slice of a model with freshly initialised weights; of several chunks, the one of that number.
 
     ``vocab_size`` is the true size, before padding; ``max_sequence_length`` in tokens; ``recompute`` trades the memory
     of activations for a second forward. The weights are a function of ``seed`` and the parameter's name alone, so
     every parallel layout starts from the same model; with None they are left for a checkpoint to fill.
     """
     transformer_config = build_transformer_config(config, layout, dtype=dtype, recompute=recompute)
+    vp_stage = chunk if layout.virtual_pipeline_size > 1 else None
     model = GPTModel(
         config=transformer_config,
-        transformer_layer_spec=choose_layer_spec(config, transformer_config, layout.pipeline_rank),
+        transformer_layer_spec=choose_layer_spec(config, transformer_config, layout.pipeline_rank, vp_stage),
         vocab_size=padded_vocab_size(
             vocab_size,
             divisible_by=config.make_vocab_size_divisible_by,
             tensor_parallel_size=layout.tensor_parallel_size,
         ),
         max_sequence_length=max_sequence_length,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.has_embedding(chunk),
+        post_process=layout.has_output(chunk),
         share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=config.rotary_base,
         rope_scaling=config.rope_scaling_factor is not None,
         rope_scaling_factor=config.rope_scaling_factor or 1.0,
         pg_collection=layout.groups,
+        vp_stage=vp_stage,
     )
     model.to(device=layout.device, dtype=dtype)
     if config.fp8 is not None:
@@ -92,12 +96,24 @@ def build_teacher(
     max_sequence_length: int,
     dtype: torch.dtype,
     seed: int | None,
+    chunk: int = 0,
 ) -> GPTModel:
     """``build_model`` for the frozen judge: no gradients, evaluation mode."""
     teacher = build_model(
-        config, layout, vocab_size=vocab_size, max_sequence_length=max_sequence_length, dtype=dtype, seed=seed
+        config,
+        layout,
+        vocab_size=vocab_size,
+        max_sequence_length=max_sequence_length,
+        dtype=dtype,
+        seed=seed,
+        chunk=chunk,
     )
     return teacher.requires_grad_(False).eval()
+
+
+def chunks_of(model: torch.nn.Module) -> list[GPTModel]:
+    """The chunks in a ``ModuleList`` of them, in their order; of a single model, itself."""
+    return [module for module in model.modules() if isinstance(module, GPTModel)]
 
 
 def build_transformer_config(
@@ -127,13 +143,16 @@ def build_transformer_config(
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
         moe_router_topk=config.moe_router_topk,
         moe_router_pre_softmax=config.moe_router_pre_softmax,
-        moe_router_load_balancing_type="none",
+        moe_router_load_balancing_type="aux_loss" if config.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=config.moe_aux_loss_coeff,
         moe_grouped_gemm=config.num_moe_experts is not None and use_transformer_engine(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_size,
-        expert_model_parallel_size=layout.expert_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size if layout.virtual_pipeline_size > 1 else None,
+        expert_model_parallel_size=1 if config.num_moe_experts is None else layout.expert_parallel_size,
+        expert_tensor_parallel_size=layout.groups.expt_tp.size(),
         sequence_parallel=layout.sequence_parallel,
         num_layers_in_first_pipeline_stage=config.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=config.num_layers_in_last_pipeline_stage,
@@ -178,8 +197,9 @@ def initialize_weights(model: GPTModel, layout: Layout, *, vocab_size: int, std:
         scale = std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             scale = std / math.sqrt(2.0 * config.num_layers)
-        whole = _draw_whole(name, parameter, layout, vocab_size=vocab_size, seed=seed)
-        parameter.data.copy_(_shard(whole * scale, layout, *tensor_cut(model, name, parameter)))
+        group = layout.weight_group(is_expert=is_expert(name))
+        whole = _draw_whole(name, parameter, group, vocab_size=vocab_size, seed=seed)
+        parameter.data.copy_(_shard(whole * scale, group, *tensor_cut(model, name, parameter)))
 
 
 def global_name(model: GPTModel, layout: Layout, own_name: str) -> str:
@@ -206,24 +226,24 @@ def tensor_cut(model: GPTModel, name: str, parameter: torch.Tensor) -> tuple[int
 
 
 def _draw_whole(
-    name: str, parameter: torch.nn.Parameter, layout: Layout, *, vocab_size: int, seed: int
+    name: str, parameter: torch.nn.Parameter, group: dist.ProcessGroup, *, vocab_size: int, seed: int
 ) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     shape = list(parameter.shape)
     if (dim := _partition_dim(parameter)) is not None:
-        shape[dim] *= layout.tensor_parallel_size
+        shape[dim] *= group.size()
     if "embedding" not in name and "output_layer" not in name:
         return torch.randn(shape, generator=generator)
     rows = torch.randn([vocab_size, *shape[1:]], generator=generator)
     return torch.cat([rows, rows.new_zeros(shape[0] - vocab_size, *shape[1:])])
 
 
-def _shard(whole: torch.Tensor, layout: Layout, dim: int | None, num_blocks: int) -> torch.Tensor:
+def _shard(whole: torch.Tensor, group: dist.ProcessGroup, dim: int | None, num_blocks: int) -> torch.Tensor:
     """This rank's part of a parameter with that ``tensor_cut``."""
     if dim is None:
         return whole
-    size, rank = layout.tensor_parallel_size, layout.tensor_parallel_rank
+    size, rank = group.size(), group.rank()
     return torch.cat([block.chunk(size, dim=dim)[rank] for block in whole.chunk(num_blocks, dim=dim)], dim=dim)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,30 +21,37 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def wrap_data_parallel(
-    stage: StudentTeacherStage, config: OptimizerConfig, layout: Layout, *, overlap: bool
-) -> DistributedDataParallel:
-    """Megatron DDP over the trainable parameters of ``stage``, whose student config learns where gradients go.
+    stages: Sequence[StudentTeacherStage], config: OptimizerConfig, layout: Layout, *, overlap: bool
+) -> tuple[DistributedDataParallel, ...]:
+    """Megatron DDP over the trainable parameters of each of a rank's model chunks. The first one's student config,
+    which the schedule reads, learns where gradients go.
 
     Gradients accumulate and reduce in fp32. ``overlap`` hides the reduction behind the backward pass.
     """
-    model_config = stage.module.config
-    ddp = DistributedDataParallel(
-        config=model_config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=config.use_distributed_optimizer,
-            overlap_grad_reduce=overlap,
-        ),
-        module=stage,
-        pg_collection=layout.groups,
+    chunks = tuple(
+        DistributedDataParallel(
+            config=stage.module.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.use_distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=config.overlap_param_gather,
+            ),
+            module=stage,
+            disable_bucketing=index > 0,  # a later chunk's whole reduction hides behind the earlier ones' backward
+            pg_collection=layout.groups,
+        )
+        for index, stage in enumerate(stages)
     )
-    model_config.no_sync_func = ddp.no_sync
-    model_config.finalize_model_grads_func = finalize_model_grads
-    return ddp
+    no_sync = [chunk.no_sync for chunk in chunks]
+    schedule_config = stages[0].module.config
+    schedule_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    schedule_config.finalize_model_grads_func = finalize_model_grads
+    return chunks
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, config: OptimizerConfig, layout: Layout, *, dtype: torch.dtype
+    chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, layout: Layout, *, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """AdamW through Megatron; with bf16 weights it keeps fp32 main weights."""
     optimizer = get_megatron_optimizer(
@@ -65,12 +72,13 @@ def build_optimizer(
             # What Megatron calls precision-aware is how its distributed optimizer leaves fp32 weights to another.
             use_precision_aware_optimizer=config.optimizer_cpu_offload,
             pin_cpu_grads=not ON_CPU,
+            overlap_param_gather=config.overlap_param_gather,
         ),
-        [ddp],
+        list(chunks),
         use_gloo_process_groups=False,
         pg_collection=layout.groups,
     )
-    ddp.module.module.config.grad_scale_func = optimizer.scale_loss
+    chunks[0].module.module.config.grad_scale_func = optimizer.scale_loss
     for inner in _inner_optimizers(optimizer):
         if isinstance(inner.optimizer, torch.optim.Adam):
             _start_adam(inner.optimizer)
@@ -92,31 +100,56 @@ def _start_adam(adam: torch.optim.Adam) -> None:
             }
 
 
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""How Megatron writes the state of a distributed optimizer: every layout reads what another wrote."""
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Megatron's ``load_state_dict``, with two things made right.
+    """Megatron's ``load_state_dict``, with three things made right.
 
     Hyperparameters stay the config's, so a resumed run may change them: Megatron 0.19.2 finds a parameter group by its
-    saved learning rates, and fails where they differ. And torch's Adam (used where neither TE nor Apex is installed)
-    keeps its step count as one tensor per parameter: Megatron looks it up among the saved tensors, where it is not (it
-    comes from the groups), and hands one tensor to all parameters, which then count together.
+    saved learning rates, and fails where they differ. Where experts are spread they have an optimizer of their own, so
+    another layout has saved other groups than this one has. And torch's Adam (used where neither TE nor Apex is
+    installed) keeps its step count as one tensor per parameter: Megatron looks it up among the saved tensors, where it
+    is not (it comes from the groups), and hands one tensor to all parameters, which then count together.
     """
-    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    for group in _saved_groups(state):
-        group.update(max_lr=configured[0]["max_lr"], min_lr=configured[0]["min_lr"])
+    configured = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
     inner_optimizers = _inner_optimizers(optimizer)
-    for inner in inner_optimizers:
-        if isinstance(inner, DistributedOptimizer):
-            set_states = inner._set_main_param_and_optimizer_states
-            inner._set_main_param_and_optimizer_states = partial(_set_states_but_step, set_states)
-    optimizer.load_state_dict(state)
+    if all(isinstance(inner, DistributedOptimizer) for inner in inner_optimizers):
+        _load_shards(inner_optimizers, state)
+    else:
+        for group in _saved_groups(state):
+            group.update(max_lr=configured[0]["max_lr"], min_lr=configured[0]["min_lr"])
+        optimizer.load_state_dict(state)
     for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
         group.update(hyperparameters)
     for inner in inner_optimizers:
-        if isinstance(inner, DistributedOptimizer):
-            del inner._set_main_param_and_optimizer_states
         for parameter_state in inner.optimizer.state.values():
             if isinstance(parameter_state.get("step"), torch.Tensor):
                 parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _load_shards(inner_optimizers: Sequence[DistributedOptimizer], state: dict[Any, Any]) -> None:
+    """Moments and main weights, which have the same names in every layout, into groups of this layout's own; of the
+    saved groups the step count alone."""
+    steps = [group["step"] for group in _saved_groups(state) if group.get("step") is not None]
+    for index, inner in enumerate(inner_optimizers):
+        saved, own = state if len(inner_optimizers) == 1 else state[index], inner.state_dict()
+        for group in own["optimizer"]["param_groups"] if steps else ():
+            group["step"] = steps[0]
+        set_states = inner._set_main_param_and_optimizer_states
+        inner._set_main_param_and_optimizer_states = partial(_set_states_but_step, set_states)
+        inner.load_state_dict(
+            own
+            | {
+                "param_state": saved["param_state"],
+                "param_state_sharding_type": OPTIMIZER_FORMAT["distrib_optim_sharding_type"],
+            }
+        )
+        del inner._set_main_param_and_optimizer_states
 
 
 def _saved_groups(state: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry los
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,9 +91,22 @@ class StudentTeacherStage(torch.nn.Module):
             batch.tokens_BS,
             positions_BS,
             attention_mask=None,
+            padding_mask=_routers_padding(model, batch),
             output_processor=_loss_position_logits if self.output_head == "logits" else loss_position_hidden,
             output_processor_context=batch.loss_positions_N,
         )
+
+
+def _routers_padding(model: GPTModel, batch: MicroBatch) -> torch.Tensor | None:
+    """What a load-balancing loss leaves out, as Megatron takes it; None where there is no such loss."""
+    config = model.config
+    if not config.moe_aux_loss_coeff:
+        return None
+    if model.pre_process or not config.sequence_parallel:
+        return batch.padding_BS
+    # The first stage cuts it with the embedded tokens; the later ones leave it as they get it.
+    group = model.pg_collection.tp
+    return batch.padding_BS.chunk(group.size(), dim=1)[group.rank()]
 
 
 def output_weight(model: GPTModel) -> torch.Tensor:
@@ -135,8 +149,39 @@ def _loss_position_logits(
     return torch.nn.functional.linear(rows_NH, output_layer.weight if output_weight is None else output_weight)
 
 
-class PairCommunicator(P2PCommunicator):
-    """Megatron's point-to-point communicator with a forward payload of two hidden states.
+class Communicator(P2PCommunicator):
+    """Megatron's point-to-point communicator, also between two interleaved stages.
+
+    Both neighbours of a rank are then the same one. Megatron 0.19.2 exchanges the shapes of what goes either way, and
+    batched messages too, in an order in which that rank takes the forward's for the backward's: so the directions
+    follow one another here. (All ranks of the interleaved schedule come to such an exchange together; those of 1F1B do
+    not, and have no need.)
+    """
+
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: torch.Tensor | None,
+        tensor_send_prev: torch.Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Shape,
+        wait_on_reqs: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+        assert wait_on_reqs, "overlap_p2p_comm is not supported"
+        exchange = partial(super()._communicate, tensor_shape=tensor_shape)
+        forward: dict[str, Any] = {"tensor_send_next": tensor_send_next, "recv_prev": recv_prev}
+        backward: dict[str, Any] = {"tensor_send_prev": tensor_send_prev, "recv_next": recv_next}
+        if self.virtual_pipeline_model_parallel_size in (None, 1) or self.total_stages > 2:
+            received_prev, received_next, requests = exchange(**forward, **backward)
+        else:
+            received_prev, _, _ = exchange(**forward, tensor_send_prev=None, recv_next=False)
+            _, received_next, requests = exchange(tensor_send_next=None, recv_prev=False, **backward)
+        return received_prev, received_next, requests
+
+
+class PairCommunicator(Communicator):
+    """A communicator with a forward payload of two hidden states.
 
     Forward messages are ``[S, B, H_student + H_teacher]``; backward messages stay the student's ``[S, B, H_student]``.
     ``config`` is the student's and must have ``variable_seq_lengths`` (shapes travel with the messages).
@@ -157,7 +202,6 @@ class PairCommunicator(P2PCommunicator):
         tensor_shape: Shape,
         wait_on_reqs: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
-        assert wait_on_reqs, "a message is unpacked on arrival: overlap_p2p_comm is not supported"
         if tensor_send_next is not None:
             tensor_send_next = self._pack(tensor_send_next)
         received_prev, received_next, requests = super()._communicate(
@@ -185,6 +229,6 @@ class PairCommunicator(P2PCommunicator):
 
 
 def build_communicator(stage: StudentTeacherStage, pp_group: dist.ProcessGroup) -> P2PCommunicator:
-    """The communicator this stage needs: Megatron's own when there is no teacher."""
+    """The communicator this stage needs, with or without a teacher."""
     config = stage.module.config
-    return P2PCommunicator(pp_group, config) if stage.teacher is None else PairCommunicator(pp_group, config)
+    return Communicator(pp_group, config) if stage.teacher is None else PairCommunicator(pp_group, config)

@@ -1,6 +1,8 @@
-"""Whether data-parallel replicas still hold the same weights, and which rank is at fault where they do not.
+"""Whether replicas still hold the same weights, and which rank is at fault where they do not.
 
-Shape suffixes: ``P`` tensors of this rank's slice, ``D`` data-parallel ranks.
+Experts that are spread over ranks are compared among those that hold the same.
+
+Shape suffixes: ``P`` tensors of this rank's slice, ``D`` ranks that hold the same weights.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.distributed import Layout
+from megatron_tropd.hf_mapping import expert_name, is_expert
 
 HASH_CHUNK = 2**22
 _ODD = tuple(constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -65,7 +68,7 @@ class ReplicaCheck:
 
     def before_update(self, step: int, module: torch.nn.Module) -> None:
         """Raise ReplicaMismatchError on every rank where a rank's weights are not what they should be."""
-        if not self._is_due(step):
+        if not self.is_due(step):
             return
         found = self._own_fault(module)
         flag = torch.tensor(float(bool(found)), device=self._layout.device)
@@ -85,13 +88,14 @@ class ReplicaCheck:
 
     def after_update(self, step: int, module: torch.nn.Module) -> None:
         """Remember the weights that the next check has to find."""
-        self._updated_P = fingerprint(module) if self._is_due(step + 1) else None
+        self._updated_P = fingerprint(module) if self.is_due(step + 1) else None
 
     def forget(self) -> None:
         """Weights have been loaded: the next check compares replicas alone."""
         self._updated_P = None
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether that step begins with a check."""
         return bool(self._interval) and step % self._interval == 0
 
     def _own_fault(self, module: torch.nn.Module) -> tuple[str, str] | None:
@@ -99,14 +103,24 @@ class ReplicaCheck:
         names = [name for name, _ in module.named_parameters()]
         now_P = fingerprint(module)
         changed = "" if self._updated_P is None else _first_difference(names, now_P, self._updated_P)
-        gathered = [torch.empty_like(now_P) for _ in range(self._layout.data_parallel_size)]
-        dist.all_gather(gathered, now_P, group=self._layout.groups.dp)
-        hashes_D = [tuple(hashes.tolist()) for hashes in gathered]
-        ((most, count), *others) = Counter(hashes_D).most_common()
-        tie = any(other_count == count for _, other_count in others)
-        wanted = next(hashes for hashes in hashes_D if hashes != tuple(now_P.tolist())) if tie and others else most
-        differing = _first_difference(names, now_P, now_P.new_tensor(wanted))
+        differing = ""
+        for expert in (False, True):
+            mine = [index for index, name in enumerate(names) if is_expert(expert_name(name)) is expert]
+            if mine:
+                group = self._layout.replica_group(is_expert=expert)
+                differing = differing or _differing([names[index] for index in mine], now_P[mine], group)
         return (changed, differing) if changed or differing else None
+
+
+def _differing(names: list[str], now_P: torch.Tensor, group: dist.ProcessGroup) -> str:
+    """The first tensor whose hash is not that of the majority of ``group``; "" for none. All of the group call it."""
+    gathered = [torch.empty_like(now_P) for _ in range(group.size())]
+    dist.all_gather(gathered, now_P, group=group)
+    hashes_D = [tuple(hashes.tolist()) for hashes in gathered]
+    ((most, count), *others) = Counter(hashes_D).most_common()
+    tie = any(other_count == count for _, other_count in others)
+    wanted = next(hashes for hashes in hashes_D if hashes != tuple(now_P.tolist())) if tie and others else most
+    return _first_difference(names, now_P, now_P.new_tensor(wanted))
 
 
 def _first_difference(names: list[str], found_P: torch.Tensor, wanted_P: torch.Tensor) -> str:

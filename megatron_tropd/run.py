@@ -21,6 +21,7 @@ from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpo
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
+from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes, virtual_pipeline_size
 from megatron_tropd.config_parser import config_text
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
@@ -46,6 +47,7 @@ from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vo
 from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.trackers import require_trackers
 from megatron_tropd.watchdog import Watchdog
+from megatron_tropd.weight_gather import WeightGather
 from megatron_tropd.writing import BackgroundWriter, on_main
 
 # isort: split
@@ -143,6 +145,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     if command in ("train", "sft") and exports(config):
         export_reference(config, vocab_size=vocab_size(config.student, tokenizer))
     tensor_parallel_size, pipeline_parallel_size = layout_sizes(config, command)
+    expert_parallel_size, expert_tensor_size = expert_sizes(config, command, tensor_parallel_size)
     if config.training.deterministic:
         enable_determinism()
     layout = distributed.initialize(
@@ -151,6 +154,9 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         seed=config.training.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         sequence_parallel=config.parallel.sequence_parallel and tensor_parallel_size > 1,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config, command),
+        expert_model_parallel_size=expert_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size,
     )
     folder = Path(config.output_dir)
     run = Run(config, layout, tokenizer, folder, teacher_tokenizer, Monitor(config, layout, folder, command))
@@ -190,8 +196,8 @@ def _refuse_what_is_not_here(config: Config) -> None:
             )
 
 
-def load_student(run: Run) -> GPTModel:
-    """The student's slice on this rank, with the weights of ``student.load`` where it is set."""
+def load_student(run: Run) -> list[GPTModel]:
+    """The student's slice on this rank, chunk by chunk, with the weights of ``student.load`` where it is set."""
     build = partial(build_model, recompute=run.config.training.recompute)
     return _load(
         run,
@@ -204,8 +210,9 @@ def load_student(run: Run) -> GPTModel:
     )
 
 
-def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> GPTModel:
-    """The frozen teacher's slice on this rank, in the run's layout or its own. It speaks the student's ids.
+def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> list[GPTModel]:
+    """The frozen teacher's slice on this rank, chunk by chunk, in the run's layout or its own. It speaks the student's
+    ids.
 
     ``name`` is one of ``config.teachers``.
     """
@@ -214,7 +221,7 @@ def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> GPTM
     if name:
         config = replace(config, load=run.config.teachers[name])
     layout = layout or run.layout
-    teacher = _load(
+    teachers = _load(
         run,
         layout,
         config,
@@ -224,20 +231,27 @@ def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> GPTM
         seed=run.config.training.seed + 1,
     )
     mapped = map_special_tokens(run.tokenizer, run.teacher_tokenizer, run.config.tokenizer.special_token_map)
-    relabel_vocabulary(teacher, mapped, layout.groups.tp)
-    return teacher
+    for teacher in teachers:
+        relabel_vocabulary(teacher, mapped, layout.groups.tp)
+    return teachers
 
 
 def load_teachers_ahead(run: Run) -> TeachersAhead:
     """The frozen teachers in a layout of their own, where its sizes differ from the student's."""
     config, layout = run.config, run.layout
+    if layout.virtual_pipeline_size > 1:
+        layout = replace(layout, virtual_pipeline_size=1)  # a forward alone gains nothing by taking turns
     assert config.teacher is not None
     tensor_parallel_size, pipeline_parallel_size = teacher_sizes(config)
-    if (tensor_parallel_size, pipeline_parallel_size) != (layout.tensor_parallel_size, layout.pipeline_size):
+    expert_parallel_size, expert_tensor_size = teacher_expert_sizes(config, "train", tensor_parallel_size)
+    sizes = (tensor_parallel_size, pipeline_parallel_size, expert_parallel_size)
+    if sizes != (layout.tensor_parallel_size, layout.pipeline_size, layout.expert_parallel_size):
         layout = distributed.another_layout(
             run.layout,
             tensor_model_parallel_size=tensor_parallel_size,
             pipeline_model_parallel_size=pipeline_parallel_size,
+            expert_model_parallel_size=expert_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_size,
         )
     num_ids = vocab_size(config.teacher, run.teacher_tokenizer)
     padded_num_ids = padded_vocab_size(
@@ -248,7 +262,7 @@ def load_teachers_ahead(run: Run) -> TeachersAhead:
     teachers = {}
     for name in ("", *config.teachers):
         with distributed.active(layout):
-            teacher = load_teacher(run, layout, name)
+            (teacher,) = load_teacher(run, layout, name)
         teachers[name] = TeacherAhead(
             teacher,
             layout,
@@ -270,30 +284,37 @@ def _load(
     *,
     max_sequence_length: int,
     seed: int,
-) -> GPTModel:
+) -> list[GPTModel]:
     size = vocab_size(config, tokenizer)
-    model = build(
-        config,
-        layout,
-        vocab_size=size,
-        max_sequence_length=max_sequence_length,
-        dtype=run.dtype,
-        seed=seed if config.load is None else None,
-    )
+    chunks = [
+        build(
+            config,
+            layout,
+            vocab_size=size,
+            max_sequence_length=max_sequence_length,
+            dtype=run.dtype,
+            seed=seed if config.load is None else None,
+            chunk=chunk,
+        )
+        for chunk in range(layout.virtual_pipeline_size)
+    ]
     if config.load is None:
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not any(parameter.requires_grad for parameter in chunks[0].parameters()):
             logger.warning("teacher.load is not set: the teacher has random weights, and nothing worth learning")
-        return model
+        return chunks
     folder = Path(config.load)
     if is_huggingface(folder):
         check_tokenizer(tokenizer, folder, size)
-        load_huggingface(folder, model, layout, config, vocab_size=size)
+        for model in chunks:
+            load_huggingface(folder, model, layout, config, vocab_size=size)
     elif (path := find_iteration(folder)) is not None:
         allow = run.config.training.allow_legacy_checkpoints
-        load_megatron_lm(path, model, config, vocab_size=size, allow_legacy=allow)
+        for model in chunks:
+            load_megatron_lm(path, model, config, vocab_size=size, allow_legacy=allow)
     else:
-        load_weights(folder, model, config, vocab_size=size, tokenizer=tokenizer.fingerprint)
-    return model
+        models = torch.nn.ModuleList(chunks)
+        load_weights(folder, models, config, vocab_size=size, tokenizer=tokenizer.fingerprint)
+    return chunks
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, size: int) -> None:
@@ -316,22 +337,24 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, size: int) -> None:
 
 
 def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:
-    """Student (and teacher) as a pipeline stage under DDP, with optimizer and scheduler."""
+    """Student (and teacher) as pipeline stages under DDP, with optimizer and scheduler."""
     config = run.config
     shares_schedule = config.parallel.teacher_schedule == "shared"
     ahead = load_teachers_ahead(run) if with_teacher and not shares_schedule else None
-    stage = StudentTeacherStage(
-        load_student(run),
-        load_teacher(run) if with_teacher and shares_schedule else None,
-        output_head=config.training.output_head,
-    )
-    model = wrap_data_parallel(stage, config.optimizer, run.layout, overlap=not ON_CPU)
-    optimizer = build_optimizer(model, config.optimizer, run.layout, dtype=run.dtype)
+    students = load_student(run)
+    teachers = load_teacher(run) if with_teacher and shares_schedule else [None] * len(students)
+    stages = [
+        StudentTeacherStage(student, teacher, output_head=config.training.output_head)
+        for student, teacher in zip(students, teachers, strict=True)
+    ]
+    chunks = wrap_data_parallel(stages, config.optimizer, run.layout, overlap=not ON_CPU)
+    optimizer = build_optimizer(chunks, config.optimizer, run.layout, dtype=run.dtype)
     sizes = [vocab_size(config.student, run.tokenizer)]
     if with_teacher and config.teacher is not None:
         sizes += [vocab_size(config.teacher, run.teacher_tokenizer), run.teacher_tokenizer.vocab_size]
     return Learner(
-        model=model,
+        chunks=chunks,
+        gather=WeightGather(chunks, overlap=config.optimizer.overlap_param_gather),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters),
         layout=run.layout,
@@ -388,7 +411,8 @@ def save(run: Run, learner: Learner, step: int) -> None:
 def export(run: Run, learner: Learner, step: int, *, anew: bool = False) -> None:
     """The student after ``step`` steps as a Hugging Face folder; one that is there is left alone, unless ``anew``."""
     config = run.config
+    learner.gather.finish()
     size = vocab_size(config.student, run.tokenizer)
-    export_student(learner.stage.module, run.layout, config, step, vocab_size=size, anew=anew)
+    export_student(torch.nn.ModuleList(learner.students), run.layout, config, step, vocab_size=size, anew=anew)
     if config.training.export_hf_on_save:
         on_main(lambda: drop_exports(run.folder, run.checkpoints, newest=step), run.layout.is_main)

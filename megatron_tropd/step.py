@@ -23,7 +23,9 @@ import torch.distributed as dist
 from megatron_tropd.ahead import Judged
 from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.distributed import Layout
+from megatron_tropd.experts import LoadBalance
 from megatron_tropd.guard import ExplodingError, Guard, RefusedStepError
+from megatron_tropd.lockstep import in_step
 from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, source_metrics, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
@@ -35,9 +37,11 @@ from megatron_tropd.teachers import TeachersAhead
 from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import OutputHead, distillation_loss, fused_head_loss
+from megatron_tropd.weight_gather import WeightGather
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -57,7 +61,10 @@ class LogProbGapError(RefusedStepError):
 class Learner:
     """Everything that turns a batch into an optimizer step."""
 
-    model: DistributedDataParallel
+    chunks: tuple[DistributedDataParallel, ...]
+    """This rank's slice of the pair: its pipeline stage, or with interleaved stages several that take turns."""
+    gather: WeightGather
+    """Makes the weights whole that the optimizer has moved."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     layout: Layout
@@ -89,9 +96,24 @@ class Learner:
         return math.lcm(*(layout.tensor_parallel_size if layout.sequence_parallel else 1 for layout in layouts))
 
     @property
+    def stages(self) -> list[StudentTeacherStage]:
+        """What is under DDP."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
     def stage(self) -> StudentTeacherStage:
-        """The pipeline stage under DDP."""
-        return self.model.module
+        """The last of them, which on the last pipeline rank has the output layers; mostly the only one."""
+        return self.stages[-1]
+
+    @property
+    def students(self) -> list[GPTModel]:
+        """The student's part of each."""
+        return [stage.module for stage in self.stages]
+
+    @property
+    def pair(self) -> torch.nn.Module:
+        """The stage, or the list of them: every parameter of both models that this rank holds."""
+        return self.stage if len(self.chunks) == 1 else torch.nn.ModuleList(self.stages)
 
 
 def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
@@ -104,7 +126,9 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     started = perf_counter()
     learner.phases.begin("schedule")
     sums, scores = forward_backward(learner, batch)
-    teacher_seconds = learner.stage.pop_teacher_seconds() if learner.ahead is None else learner.ahead.seconds
+    teacher_seconds = sum(stage.pop_teacher_seconds() for stage in learner.stages)
+    if learner.ahead is not None:
+        teacher_seconds = learner.ahead.seconds
     scheduled = perf_counter()
     learner.phases.add("teacher", teacher_seconds)
     learner.phases.begin("optimizer")
@@ -113,14 +137,17 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     with _naming_worst_samples(scores, learner.guard.config.max_dumped_samples):
         _refuse_log_prob_gap(batch.step, metrics["log_prob_gap"], learner.max_log_prob_gap)
         if learner.replicas is not None:
-            learner.replicas.before_update(batch.step, learner.stage)
+            learner.replicas.before_update(batch.step, learner.pair)
         if learner.guard.is_active:
             learner.guard.check(batch.step, *_guarded_numbers(learner, metrics["loss"]))
     _, grad_norm, _ = learner.optimizer.step()
+    learner.gather.updated()
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     learner.scheduler.step(increment=1)
     if learner.replicas is not None:
-        learner.replicas.after_update(batch.step, learner.stage)
+        if learner.replicas.is_due(batch.step + 1):
+            learner.gather.finish()
+        learner.replicas.after_update(batch.step, learner.pair)
     return {
         **metrics,
         "grad_norm": float(grad_norm),
@@ -136,26 +163,33 @@ def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], 
 
     Returns the global metric sums (equal on every rank) and what is known of each sample.
     """
-    learner.model.train()
-    if learner.stage.teacher is not None:
-        learner.stage.teacher.eval()
-    learner.model.zero_grad_buffer()
+    for chunk, stage in zip(learner.chunks, learner.stages, strict=True):
+        chunk.train()
+        if stage.teacher is not None:
+            stage.teacher.eval()
+        chunk.zero_grad_buffer()
     learner.optimizer.zero_grad()
     scores = SampleScores()
+    layout, schedule_config = learner.layout, learner.students[0].config
+    batch = in_step(batch, layout)
+    balance = LoadBalance(learner.students, batch, layout) if schedule_config.moe_aux_loss_coeff else None
     judged = [None] * len(batch.micro_batches) if learner.ahead is None else learner.ahead.judge(batch)
     first = batch.micro_batches[0]
-    micro_batch_sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, learner, scores),
-        data_iterator=iter(zip(batch.micro_batches, judged, strict=True)),
-        model=[learner.model],
-        num_microbatches=len(batch.micro_batches),
-        seq_length=first.tokens_BS.shape[1],
-        micro_batch_size=first.tokens_BS.shape[0],
-        forward_only=False,
-        p2p_communicator=build_communicator(learner.stage, learner.layout.groups.pp),
-        pg_collection=learner.layout.groups,
-    )
-    return reduce_sums(micro_batch_sums, learner.layout, first.source_names), scores
+    schedule = get_forward_backward_func(layout.pipeline_size, schedule_config.virtual_pipeline_model_parallel_size)
+    with learner.gather.behind_forward():
+        micro_batch_sums = schedule(
+            forward_step_func=partial(_forward_step, learner, scores),
+            data_iterator=[iter(zip(batch.micro_batches, judged, strict=True)) for _ in learner.chunks],
+            model=list(learner.chunks),
+            num_microbatches=len(batch.micro_batches),
+            seq_length=first.tokens_BS.shape[1],
+            micro_batch_size=first.tokens_BS.shape[0],
+            forward_only=False,
+            p2p_communicator=build_communicator(learner.stage, layout.groups.pp),
+            pg_collection=layout.groups,
+        )
+    sums = reduce_sums(micro_batch_sums, layout, first.source_names)
+    return sums | (balance.metrics() if balance is not None else {}), scores
 
 
 def _forward_step(
@@ -237,7 +271,7 @@ def _count_loss_terms(normalization: Normalization, batch: MicroBatch, outlier_N
 
 
 def _refuse_non_finite(learner: Learner, batch: Batch, sums: dict[str, float], scores: SampleScores) -> None:
-    buffers = learner.model.buffers + learner.model.expert_parallel_buffers
+    buffers = [buffer for chunk in learner.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     bad_gradient = sum(~torch.isfinite(buffer.grad_data.norm()) for buffer in buffers)
     bad_loss = float(not torch.isfinite(torch.tensor(sums["loss"])))
     flags = torch.tensor([float(bad_gradient), bad_loss], device=learner.layout.device)

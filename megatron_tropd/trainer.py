@@ -62,6 +62,7 @@ def train(config: Config) -> None:
         )
 
         def generate(step: int, batch: int) -> list[Rollout]:
+            learner.gather.finish()
             requests = build_requests(
                 mixture.of_batch(batch),
                 step=batch,
@@ -136,7 +137,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
     step = saved_step = first_step
     while step < training.train_iters:
         monitor.begin_step(step)
-        metrics = _evaluate(run, evaluator) if _evaluates(training.eval_interval, step) else {}
+        metrics = _evaluate(run, learner, evaluator) if _evaluates(training.eval_interval, step) else {}
         if training.target_accuracy is not None and metrics.get("accuracy", -1.0) >= training.target_accuracy:
             break
         try:
@@ -176,7 +177,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         save(run, learner, step)
         if run.background is not None:
             run.background.finish()
-    log.write({"step": step, **_evaluate(run, evaluator)})
+    log.write({"step": step, **_evaluate(run, learner, evaluator)})
     bar.close()
     log.close()
     if exports(run.config):
@@ -185,7 +186,8 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         plot_runs({learner.objective.name: run.folder}, run.folder / "report" / "training.png")
 
 
-def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
+def _evaluate(run: Run, learner: Learner, evaluator: Evaluator) -> dict[str, float]:
+    learner.gather.finish()
     run.monitor.phases.begin("evaluate")
     return evaluator()
 

@@ -91,11 +91,16 @@ class MicroBatch:
     """fp32: the task's advantage at on-policy positions, its coefficient included; None where no task counts."""
     weights_BS: torch.Tensor
     """fp32 weight of each position's loss in the sum (1 under token normalisation); 0 where the region is NONE."""
+    padding_BS: torch.Tensor
+    """bool: whether a position is behind the end of its sequence. Neither model minds, being causal; the balance of a
+    student's experts does."""
     loss_positions_N: torch.Tensor
     """int64: the positions that carry loss (region not NONE) in the flattened ``[B * S]``, ascending. Known when the
     batch is built, so that nothing later waits for the device to learn how many they are."""
     sample_ids: tuple[int, ...]
     """The sample of each row; -1 for a row that only pads the micro-batch."""
+    num_tokens: int
+    """Positions that are not padding."""
     num_loss_terms: int
     """This micro-batch's share of the global denominator (response positions, or sequences); 0 is allowed."""
     teacher_tokens_BS: torch.Tensor | None = None

@@ -29,9 +29,10 @@ def storage_bytes(tensors: Any, *, without: Any = ()) -> int:
 
 def resident_bytes(learner: Learner) -> dict[str, int]:
     """Weights of both models, gradients and optimizer state: what is allocated for them."""
-    student = list(learner.stage.module.parameters())
-    teacher = [] if learner.stage.teacher is None else list(learner.stage.teacher.parameters())
-    buffers = [*learner.model.buffers, *learner.model.expert_parallel_buffers]
+    student = [parameter for model in learner.students for parameter in model.parameters()]
+    teachers = [stage.teacher for stage in learner.stages if stage.teacher is not None]
+    teacher = [parameter for model in teachers for parameter in model.parameters()]
+    buffers = [buffer for chunk in learner.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     state = [
         tensor
         for inner in _inner_optimizers(learner.optimizer)

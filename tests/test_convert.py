@@ -298,7 +298,7 @@ REFUSALS = {
     "experts": {
         "a student with experts trains with tensor_model_parallel_size 2 only where positions are spread": [
             "--parallel.tensor_model_parallel_size=2",
-            "--parallel.pipeline_model_parallel_size=1",
+            "--parallel.expert_model_parallel_size=1",
         ],
         "moe_router_topk 5 is more than student.num_moe_experts 4": ["--student.moe_router_topk=5"],
         "num_moe_experts None and student.moe_ffn_hidden_size 24 belong together": ["--student.num_moe_experts=null"],
@@ -385,7 +385,7 @@ def _learn_from_experts(path: str, run: str) -> None:
     overrides = [
         f"--output_dir={run}", f"--guidance.answers={run}/answers.jsonl", "--rollout.samples_per_prompt=1",
         "--training.train_iters=1", "--training.export_hf=false", "--parallel.tensor_model_parallel_size=2",
-        "--parallel.pipeline_model_parallel_size=1",
+        "--parallel.expert_model_parallel_size=1",
     ]  # fmt: skip
     config = load_config(path, overrides)
     dense = replace(config.student, num_moe_experts=None, moe_ffn_hidden_size=None, load=None)
@@ -421,11 +421,13 @@ def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path
         experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2, "kv_channels": 16}
         untied = {"qk_layernorm": True, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True}
         path = _config(tmp_path, folder, **experts, **untied)
-        parallel = {"pipeline_model_parallel_size": 2}
+        parallel = {"expert_model_parallel_size": 2}
     else:
-        path, parallel = _config(tmp_path, folder), {"tensor_model_parallel_size": 2}
+        path = _config(tmp_path, folder)
+        parallel = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     config = yaml.safe_load(path.read_text()) | {"optimizer": {"lr": 0.01}, "parallel": parallel}
-    config["training"] |= {"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 2, "export_hf": True}
+    config["training"] |= {"train_iters": 3, "global_batch_size": 2, "micro_batch_size": 1, "export_hf": True}
+    del config["data"]["validation"]  # neither spread experts nor interleaved stages can generate
     path.write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
     (ours, on_save), _ = run_ranks(2, _sft_twice, str(path), str(run), kind)

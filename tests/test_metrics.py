@@ -27,8 +27,10 @@ def _sums_of_a_small_batch() -> dict[str, float]:
         rollout_log_probs_BS=torch.tensor([[0.0, 0.0, -1.0, -2.0, -3.0]]),
         advantages_BS=None,
         weights_BS=torch.ones(1, 5),
+        padding_BS=torch.zeros(1, 5, dtype=torch.bool),
         loss_positions_N=torch.arange(1, 5),
         sample_ids=(0,),
+        num_tokens=5,
         num_loss_terms=4,
     )
     report = {

@@ -93,7 +93,7 @@ def _saved_in_a_step(learner: Any, num_micro_batches: int) -> int:
         [row] * BATCH * num_micro_batches,
         num_micro_batches=num_micro_batches // learner.layout.data_parallel_size,
     )
-    saved = measured_bytes.SavedBytes(*learner.stage.parameters())
+    saved = measured_bytes.SavedBytes(*learner.pair.parameters())
     with saved.watch():
         forward_backward(learner, batch)
     return saved.peak

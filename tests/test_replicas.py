@@ -72,12 +72,13 @@ def test_a_flipped_bit_in_one_replica_stops_every_rank_and_names_the_one(tmp_pat
         return str(config_file(tmp_path / name, data, guard=guard, training=training, **sections))
 
     tp2 = {"tensor_model_parallel_size": 2}
+    overlap = {"overlap_param_gather": True}
     cases = [
-        (config("student", 1), "module", 1, 2),
+        (config("student", 1, optimizer=overlap), "module", 1, 2),
         (config("teacher", 2), "teacher", 0, 2),
         (config("alone", 1, parallel=tp2), "module", 1, 1),  # no replica to compare with
         (config("first", 2), "module", 1, 0),  # nothing remembered yet, no majority among two
-        (config("whole", 1), "module", 1, 99),
+        (config("whole", 2, optimizer=overlap), "module", 1, 99),
     ]
     first, second = run_ranks(2, _train_and_corrupt, cases, timeout=200)
     assert first == second

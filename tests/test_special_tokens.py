@@ -241,7 +241,7 @@ def _generate_and_train(path: str) -> None:
             run.config = dataclasses.replace(
                 config, tokenizer=dataclasses.replace(config.tokenizer, special_token_map=names)
             )
-            teacher, ahead = load_teacher(run), load_teachers_ahead(run)
+            (teacher,), ahead = load_teacher(run), load_teachers_ahead(run)
             heads[len(names)] = teacher.output_layer.weight.clone()
             assert torch.equal(ahead.teachers[""].head_VH, heads[len(names)])
         order = torch.arange(heads[0].shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_tropd import distributed
 from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.config import ModelConfig, OptimizerConfig
 from megatron_tropd.distributed import Layout
+from megatron_tropd.hf_mapping import global_expert_name, is_expert
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
@@ -20,6 +22,7 @@ from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.step import Learner
 from megatron_tropd.teachers import TeachersAhead
 from megatron_tropd.types import Batch, MicroBatch, OutputHeadMode, TokenRegion
+from megatron_tropd.weight_gather import WeightGather
 
 VOCAB_SIZE = 45
 STUDENT = ModelConfig(
@@ -45,7 +48,16 @@ TEACHER = ModelConfig(
 """Differs from the student in depth, width, heads, norms, biases, tying and padded vocabulary."""
 
 
-def start(*, tp: int, pp: int, ep: int = 1, seed: int = 7, sequence_parallel: bool = False) -> Layout:
+def start(
+    *,
+    tp: int,
+    pp: int,
+    vp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    seed: int = 7,
+    sequence_parallel: bool = False,
+) -> Layout:
     """Process groups of this layout over all ranks, replacing those of an earlier one."""
     from megatron.core import parallel_state
 
@@ -56,7 +68,9 @@ def start(*, tp: int, pp: int, ep: int = 1, seed: int = 7, sequence_parallel: bo
         seed=seed,
         timeout_minutes=2,
         sequence_parallel=sequence_parallel,
+        virtual_pipeline_model_parallel_size=vp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
     )
 
 
@@ -80,21 +94,25 @@ def build_learner(
     of several by name where there are ``teacher_seeds``."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
-    stage = StudentTeacherStage(
-        build_model(student, layout, seed=1, recompute=recompute, **sizes),
-        build_teacher(teacher, layout, seed=2, **sizes) if teacher and ahead is None else None,
-        output_head=output_head,
-    )
+    stages = [
+        StudentTeacherStage(
+            build_model(student, layout, seed=1, recompute=recompute, chunk=chunk, **sizes),
+            build_teacher(teacher, layout, seed=2, chunk=chunk, **sizes) if teacher and ahead is None else None,
+            output_head=output_head,
+        )
+        for chunk in range(layout.virtual_pipeline_size)
+    ]
     teacher_ahead = None
     if teacher and ahead is not None:
         seeds = teacher_seeds or {"": 2}
         teacher_ahead = TeachersAhead(
             {name: _teacher_ahead(teacher, layout, ahead, offload, sizes, seed) for name, seed in seeds.items()}
         )
-    model = wrap_data_parallel(stage, optimizer, layout, overlap=False)
-    megatron_optimizer = build_optimizer(model, optimizer, layout, dtype=dtype)
+    chunks = wrap_data_parallel(stages, optimizer, layout, overlap=False)
+    megatron_optimizer = build_optimizer(chunks, optimizer, layout, dtype=dtype)
     return Learner(
-        model=model,
+        chunks=chunks,
+        gather=WeightGather(chunks, overlap=optimizer.overlap_param_gather),
         optimizer=megatron_optimizer,
         scheduler=build_scheduler(megatron_optimizer, optimizer, train_iters=100),
         layout=layout,
@@ -115,7 +133,7 @@ def _teacher_ahead(
     seed: int,
 ) -> TeacherAhead:
     tp, pp = parallel_sizes
-    layout = students
+    layout = dataclasses.replace(students, virtual_pipeline_size=1) if students.virtual_pipeline_size > 1 else students
     if (tp, pp) != (students.tensor_parallel_size, students.pipeline_size):
         layout = distributed.another_layout(students, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     with distributed.active(layout):
@@ -167,6 +185,7 @@ def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch
         return torch.from_numpy(np.stack([np.pad(row[name], (0, length - len(row[name]))) for row in rows]))
 
     regions = pad("regions")
+    padding = torch.tensor([[position >= len(row["tokens"]) for position in range(length)] for row in rows])
     return MicroBatch(
         tokens_BS=pad("tokens"),
         labels_BS=pad("labels"),
@@ -175,21 +194,25 @@ def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch
         rollout_log_probs_BS=torch.zeros(regions.shape),
         advantages_BS=None,
         weights_BS=(regions > 0).float(),
+        padding_BS=padding,
         loss_positions_N=regions.flatten().nonzero()[:, 0],
         sample_ids=tuple(range(len(rows))),
+        num_tokens=int((~padding).sum()),
         num_loss_terms=int((regions > 0).sum()),
     )
 
 
 def whole_gradients(learner: Learner) -> dict[str, torch.Tensor]:
     """This stage's student gradients by global name, gathered over tensor-parallel ranks (padded rows cut off)."""
-    layout, model = learner.layout, learner.stage.module
+    layout = learner.layout
     result = {}
-    for name, parameter in model.named_parameters():
+    for model, own_name, parameter in ((one, *named) for one in learner.students for named in one.named_parameters()):
+        name = global_expert_name(own_name, layout.first_expert(model.config.num_moe_experts))
         gradient = parameter.main_grad.detach().clone()
-        if getattr(parameter, "tensor_model_parallel", False) and layout.tensor_parallel_size > 1:
-            parts = [torch.empty_like(gradient) for _ in range(layout.tensor_parallel_size)]
-            dist.all_gather(parts, gradient, group=layout.groups.tp)
+        group = layout.weight_group(is_expert=is_expert(name))
+        if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1:
+            parts = [torch.empty_like(gradient) for _ in range(group.size())]
+            dist.all_gather(parts, gradient, group=group)
             glu = name.endswith("linear_fc1.weight")
             blocks = zip(*(part.chunk(2 if glu else 1, dim=parameter.partition_dim) for part in parts), strict=True)
             gradient = torch.cat([block for group in blocks for block in group], dim=parameter.partition_dim)

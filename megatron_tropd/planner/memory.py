@@ -7,14 +7,21 @@ each with bytes measured on the real trainer. ``e``: bytes of an element of the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes
+from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
 from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.planner.activations import Attention, activation_bytes, layer_activations, layer_transient
-from megatron_tropd.planner.parameters import head_widths, padded_vocabulary, stage_layers, stage_parameters
+from megatron_tropd.planner.parameters import (
+    head_widths,
+    layer_expert_parameters,
+    padded_vocabulary,
+    stage_layers,
+    stage_parameters,
+)
 from megatron_tropd.vocab_parallel.output_head import recommended_chunk_size
 
 
@@ -83,6 +90,8 @@ class Sizes:
     tensor: int
     pipeline: int
     data: int
+    experts: int | None = field(default=None, compare=False)
+    """Ranks of a stage that each layer's experts are cut and spread over; None: the tensor-parallel ones."""
 
     @property
     def world(self) -> int:
@@ -93,13 +102,20 @@ class Sizes:
 def student_layout(config: Config, world_size: int) -> Sizes:
     """The student's layout on ``world_size`` ranks."""
     tensor, pipeline = layout_sizes(config, "train")
-    return Sizes(tensor, pipeline, world_size // (tensor * pipeline))
+    experts = math.prod(expert_sizes(config, "train", tensor))
+    return _sizes(config.student, world_size, tensor, pipeline, experts)
 
 
 def teacher_layout(config: Config, world_size: int) -> Sizes:
     """The teacher's, which is the student's unless the config gives it its own."""
     tensor, pipeline = teacher_sizes(config)
-    return Sizes(tensor, pipeline, world_size // (tensor * pipeline))
+    experts = math.prod(teacher_expert_sizes(config, "train", tensor))
+    return _sizes(config.teacher or config.student, world_size, tensor, pipeline, experts)
+
+
+def _sizes(model: ModelConfig, world_size: int, tensor: int, pipeline: int, experts: int) -> Sizes:
+    spread = experts if model.num_moe_experts is not None else None
+    return Sizes(tensor, pipeline, world_size // (tensor * pipeline), spread)
 
 
 def rollout_layout(config: Config, world_size: int) -> Sizes:
@@ -181,12 +197,7 @@ class _Rank:
     def memory(self) -> RankMemory:
         config, sizes, training = self.config, self.student, self.config.training
         e, size = element_bytes(config), micro_batch_rows(config)
-        weights, gradients, optimizer = weight_bytes(
-            stage_parameters(config.student, sizes.tensor, sizes.pipeline)[self.stage],
-            e,
-            data=sizes.data,
-            distributed=config.optimizer.use_distributed_optimizer,
-        )
+        weights, gradients, optimizer = self._student_bytes(e)
         if config.optimizer.optimizer_cpu_offload:
             optimizer = round(optimizer * (1 - config.optimizer.optimizer_offload_fraction))
         one_micro_batch = partial(
@@ -201,7 +212,7 @@ class _Rank:
             attention=self.attention,
             sequence_parallel=config.parallel.sequence_parallel,
         )
-        in_flight = min(math.ceil(training.global_batch_size / (size * sizes.data)), sizes.pipeline - self.stage)
+        in_flight = self._in_flight(math.ceil(training.global_batch_size / (size * sizes.data)))
         workspace = layer_transient(config.student, sizes.tensor, size * self.length, e)
         if training.recompute:
             cut = sizes.tensor if config.parallel.sequence_parallel else 1
@@ -216,7 +227,7 @@ class _Rank:
             teacher_weights=teacher_weights,
             gradients=gradients,
             optimizer=optimizer,
-            activations=one_micro_batch(recompute=training.recompute) * in_flight,
+            activations=int(one_micro_batch(recompute=training.recompute) * in_flight),
             teacher_hidden=teacher_hidden,
             head=head,
             logits=logits,
@@ -226,13 +237,37 @@ class _Rank:
             prefill=prefill,
         )
 
+    def _in_flight(self, num_micro_batches: int) -> float:
+        """Micro-batches whose activations wait for their backward; a chunk of the rank's layers counts for its part.
+
+        Source: the number of forwards before the first backward in Megatron's schedules; Narayanan et al. 2021 (arXiv
+        2104.04473) for the interleaved one.
+        """
+        chunks, stages = self.config.parallel.virtual_pipeline_model_parallel_size, self.student.pipeline
+        if chunks == 1:
+            return min(num_micro_batches, stages - self.stage)
+        forwards = 2 * (stages - self.stage - 1) + (chunks - 1) * stages + 1
+        return min(num_micro_batches * chunks, forwards) / chunks
+
+    def _student_bytes(self, e: int) -> tuple[int, int, int]:
+        """(weights, gradients, optimizer state); that of experts is divided by the ranks that hold the same ones."""
+        student, sizes, spread = self.config.student, self.student, self.student.experts or self.student.tensor
+        whole = stage_parameters(student, sizes.tensor, sizes.pipeline, spread)[self.stage]
+        experts = stage_layers(student, sizes.pipeline)[self.stage] * layer_expert_parameters(student, spread)
+        distributed = self.config.optimizer.use_distributed_optimizer
+        dense_bytes = weight_bytes(whole - experts, e, data=sizes.data, distributed=distributed)
+        replicas = sizes.tensor * sizes.data // spread
+        expert_bytes = weight_bytes(experts, e, data=replicas, distributed=distributed)
+        weights, gradients, optimizer = map(sum, zip(dense_bytes, expert_bytes, strict=True))
+        return weights, gradients, optimizer
+
     def _teacher_bytes(self, e: int) -> tuple[int, int, int, int]:
         """(weights, waiting hidden states, pass ahead, transient tensors beside the student's)."""
         teacher, parallel, training = self.config.teacher, self.config.parallel, self.config.training
         if teacher is None:
             return 0, 0, 0, 0
         sizes, tokens = self.teacher, micro_batch_rows(self.config) * self.length
-        weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline)[self.teacher_stage] * e
+        weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline, sizes.experts)[self.teacher_stage] * e
         count = 1 + len(self.config.teachers)
         transient = layer_transient(teacher, sizes.tensor, tokens, e)
         if parallel.teacher_schedule == "shared":

@@ -26,23 +26,32 @@ def padded_vocabulary(model: ModelConfig, tensor: int) -> int:
     return math.ceil(model.vocab_size / multiple) * multiple
 
 
-def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
-    """Parameters of one transformer layer on one of ``tensor`` ranks: attention, feed-forward or experts, norms."""
+def layer_parameters(model: ModelConfig, tensor: int = 1, experts: int | None = None) -> int:
+    """Parameters of one transformer layer on one of ``tensor`` ranks: attention, feed-forward or experts, norms.
+
+    ``experts``: ranks that the experts are cut and spread over; None: ``tensor``.
+    """
     hidden = model.hidden_size
     queries, keys, width = head_widths(model)
     per_norm = 2 if model.normalization == "LayerNorm" else 1
     attention = (queries + 2 * keys) * (hidden + model.add_qkv_bias) // tensor + queries * hidden // tensor
     norms = per_norm * (2 * hidden + 2 * width * model.qk_layernorm)
-    return attention + norms + _feed_forward_parameters(model, tensor)
+    return attention + norms + _feed_forward_parameters(model, tensor, experts or tensor)
 
 
-def _feed_forward_parameters(model: ModelConfig, tensor: int) -> int:
-    matrices = 3 if model.swiglu else 2
+def _feed_forward_parameters(model: ModelConfig, tensor: int, experts: int) -> int:
     if model.num_moe_experts is None:
-        return matrices * model.hidden_size * model.ffn_hidden_size // tensor
-    assert model.moe_ffn_hidden_size is not None
-    experts = matrices * model.hidden_size * model.moe_ffn_hidden_size // tensor
-    return model.num_moe_experts * (experts + model.hidden_size)
+        return (3 if model.swiglu else 2) * model.hidden_size * model.ffn_hidden_size // tensor
+    return layer_expert_parameters(model, experts) + model.num_moe_experts * model.hidden_size
+
+
+def layer_expert_parameters(model: ModelConfig, experts: int) -> int:
+    """Those of one layer's experts on one of the ``experts`` ranks that they are cut and spread over; without the
+    router. 0 for a dense model."""
+    if model.num_moe_experts is None or model.moe_ffn_hidden_size is None:
+        return 0
+    matrices = 3 if model.swiglu else 2
+    return model.num_moe_experts * matrices * model.hidden_size * model.moe_ffn_hidden_size // experts
 
 
 def active_layer_parameters(model: ModelConfig) -> int:
@@ -68,13 +77,13 @@ def stage_layers(model: ModelConfig, pipeline: int) -> list[int]:
     return stages
 
 
-def stage_parameters(model: ModelConfig, tensor: int, pipeline: int) -> list[int]:
-    """Parameters on a rank of every pipeline stage.
+def stage_parameters(model: ModelConfig, tensor: int, pipeline: int, experts: int | None = None) -> list[int]:
+    """Parameters on a rank of every pipeline stage; ``experts`` as in `layer_parameters`.
 
     The first stage holds the embedding, the last the final norm and the output layer, which with tied weights is the
     embedding again: on one stage the same tensor, on two a copy.
     """
-    counts = [layers * layer_parameters(model, tensor) for layers in stage_layers(model, pipeline)]
+    counts = [layers * layer_parameters(model, tensor, experts) for layers in stage_layers(model, pipeline)]
     table = padded_vocabulary(model, tensor) // tensor * model.hidden_size
     counts[0] += table
     if model.untie_embeddings_and_output_weights or pipeline > 1:

@@ -87,7 +87,7 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
     student, teacher = student_layout(config, world_size), teacher_layout(config, world_size)
     gradients, optimizer = _update_seconds(config, student, gpu, assumed)
     size, batch = micro_batch_rows(config), config.training.global_batch_size
-    passes = 4 if config.training.recompute else 3
+    passes, chunks = 4 if config.training.recompute else 3, config.parallel.virtual_pipeline_model_parallel_size
     num_student = batch / (size * student.data)
     one_student = micro_batch_seconds(config, config.student, student, passes, gpu, assumed)
     one_teacher = 0.0
@@ -95,10 +95,10 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
         one_teacher = micro_batch_seconds(config, config.teacher, teacher, 1, gpu, assumed)
     if config.parallel.teacher_schedule == "ahead":
         num_teacher = math.ceil(batch / size / teacher.data)
-        bubble = (student.pipeline - 1) * one_student + (teacher.pipeline - 1) * one_teacher
+        bubble = (student.pipeline - 1) * one_student / chunks + (teacher.pipeline - 1) * one_teacher
     else:
         num_teacher = math.ceil(num_student)
-        bubble = (student.pipeline - 1) * (one_student + one_teacher)
+        bubble = (student.pipeline - 1) * (one_student + one_teacher) / chunks
     return StepTime(
         rollout=rollout_seconds(config, rollout_layout(config, world_size), gpu, assumed),
         teacher=num_teacher * one_teacher,
@@ -196,13 +196,15 @@ def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, 
     if parallel.teacher_hidden == "host":
         seconds += 2 * hidden / student.tensor / assumed.host_bandwidth
     if parallel.offload_teacher:
-        seconds += max(stage_parameters(model, teacher.tensor, teacher.pipeline)) * e / assumed.host_bandwidth
+        weights = max(stage_parameters(model, teacher.tensor, teacher.pipeline, teacher.experts)) * e
+        seconds += weights / assumed.host_bandwidth
     return seconds
 
 
 def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> tuple[float, float]:
     """(communication of gradients and weights, optimizer) of the largest stage."""
-    e, count = element_bytes(config), max(stage_parameters(config.student, layout.tensor, layout.pipeline))
+    e = element_bytes(config)
+    count = max(stage_parameters(config.student, layout.tensor, layout.pipeline, layout.experts))
     link = _link(layout, gpu)
     moved = (layout.data - 1) / layout.data * count * (4 + e)
     shards = layout.data if config.optimizer.use_distributed_optimizer else 1
