@@ -63,15 +63,16 @@ def check_interleaved(config: Config, command: str, *, pipeline: int, data: int)
         "multiple",
     )
     require(
-        not _generates(config, command),
+        _can_generate(config, command),
         f"parallel.virtual_pipeline_model_parallel_size {chunks} cuts the student into chunks that cannot generate: "
-        "set it to 1 (`sft` without data.validation and evaluation.files can have more)",
+        "give rollouts a copy of it (rollout.tensor_model_parallel_size), or set it to 1",
     )
 
 
-def _generates(config: Config, command: str) -> bool:
-    """Whether the student answers prompts during training."""
-    return command == "train" or config.data.validation is not None or bool(config.evaluation.files)
+def _can_generate(config: Config, command: str) -> bool:
+    """Whether there is a copy to generate with during training, or nothing to generate."""
+    generates = command == "train" or config.data.validation is not None or bool(config.evaluation.files)
+    return config.rollout.tensor_model_parallel_size is not None or not generates
 
 
 def check_experts(
@@ -123,10 +124,10 @@ def check_experts(
     require(
         parallel.expert_model_parallel_size == 1
         or config.student.num_moe_experts is None
-        or not _generates(config, command),
+        or _can_generate(config, command),
         f"parallel.expert_model_parallel_size {parallel.expert_model_parallel_size} spreads the student's experts over "
-        "replicas that do not decode in step, so such a student cannot generate: set it to 1 (`sft` without "
-        "data.validation and evaluation.files can spread them)",
+        "replicas that do not decode in step, so such a student cannot generate: give rollouts a copy of it "
+        "(rollout.tensor_model_parallel_size), or set it to 1",
     )
 
 

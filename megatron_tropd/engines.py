@@ -33,7 +33,8 @@ class Engines:
         copy: InferenceCopy | None = None,
         version: Callable[[], int] = lambda: 0,
     ):
-        """``model`` is this rank's slice in ``layout``, whose replicas ask for rollouts.
+        """``model`` is this rank's slice in ``layout``, whose replicas ask for rollouts (of interleaved stages one, and
+        then a copy has to generate).
 
         With a ``copy`` that generates, and before it does takes the weights over if ``version()`` has changed.
         """
@@ -61,13 +62,13 @@ class Engines:
 
 def training_engines(run: Run, learner: Learner) -> Engines:
     """Those of a run that trains, on a copy where ``rollout.tensor_model_parallel_size`` asks for one."""
-    config, student = run.config, learner.stage.module
+    config, student = run.config, learner.students[-1]
     tensor_parallel_size = config.rollout.tensor_model_parallel_size
     if tensor_parallel_size is None:
         return Engines(student, run.layout)
     copy = build_inference_copy(
         config.student,
-        [student],
+        learner.students,
         run.layout,
         inference_layout(run.layout, tensor_model_parallel_size=tensor_parallel_size),
         padded_vocab_size=padded_vocab_size(

@@ -225,8 +225,8 @@ def test_the_planner_knows_the_bytes_of_interleaved_stages(results: Any) -> None
         ("sft", {"student": {"num_layers_in_first_pipeline_stage": 1}}, "a pipeline rank's 1 or 3 layers do not"),
         ("train", {"teacher": {"num_layers": 6}}, "teacher: a pipeline rank's 3 layers do not divide into"),
         ("sft", {"training": {"global_batch_size": 12}}, "each data-parallel rank has 3: choose"),
-        ("sft", {"data": {"validation": "held_out.jsonl"}}, "chunks that cannot generate: set it to 1"),
-        ("train", {}, "chunks that cannot generate: set it to 1"),
+        ("sft", {"data": {"validation": "held_out.jsonl"}}, "chunks that cannot generate: give rollouts a copy"),
+        ("train", {}, "chunks that cannot generate: give rollouts a copy"),
     ],
 )
 def test_what_cannot_run_is_refused(command: str, changes: dict[str, dict[str, Any]], message: str) -> None:
