@@ -172,8 +172,11 @@ def _parameters(
 
 def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMetadata]:
     """What Megatron's planner wants to know of every parameter of this rank."""
-    rank, data_ranks = dist.get_rank(), dist.get_process_group_ranks(layout.groups.dp)
-    tensor_ranks = {group: dist.get_process_group_ranks(group) for group in (layout.groups.tp, layout.groups.expt_tp)}
+    rank = dist.get_rank()
+    tensor_ranks, data_ranks = (
+        [dist.get_process_group_ranks(group(is_expert=expert)) for expert in (False, True)]
+        for group in (layout.weight_group, layout.replica_group)
+    )
     return [
         ParameterMetadata(
             name=own_name,
@@ -185,17 +188,11 @@ def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMeta
             partition_dim=dim or 0,
             partition_stride=num_blocks,
             owner_rank=rank,
-            tensor_parallel_group_ranks=tensor_ranks[_cutting_group(name, layout)],
-            data_parallel_group_ranks=data_ranks,
+            tensor_parallel_group_ranks=tensor_ranks[is_expert(name)],
+            data_parallel_group_ranks=data_ranks[is_expert(name)],
         )
         for own_name, name, parameter, (dim, num_blocks) in _parameters(models, layout)
     ]
-
-
-def _cutting_group(name: str, layout: Layout) -> dist.ProcessGroup:
-    """The ranks that share a parameter of this global name."""
-    group: dist.ProcessGroup = layout.groups.expt_tp if is_expert(name) else layout.groups.tp
-    return group
 
 
 # ------------------------------------------------------------------------------------------------------- checksums
@@ -205,7 +202,7 @@ def _whole_hashes(models: torch.nn.ModuleList, layout: Layout) -> dict[str, int]
     """Global name to the hash of the whole tensor, of every tensor that this rank holds (a part of)."""
     shards: dict[dist.ProcessGroup | None, dict[str, torch.Tensor]] = {}
     for _, name, parameter, (dim, num_blocks) in _parameters(models, layout):
-        group = None if dim is None else _cutting_group(name, layout)
+        group = None if dim is None else layout.weight_group(is_expert=is_expert(name))
         shards.setdefault(group, {})[name] = _shard_hash(parameter.detach(), dim, num_blocks, group)
     hashes: dict[str, int] = {}
     for group in (None, *(group for group in dict.fromkeys((layout.groups.tp, layout.groups.expt_tp)))):
