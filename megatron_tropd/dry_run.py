@@ -33,9 +33,9 @@ from megatron_tropd.planner import (
 )
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_prompt_file, read_training_prompts, refuse_unshared
-from megatron_tropd.run import check_tokenizer, vocab_size
+from megatron_tropd.run import vocab_size
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.tokenizer_builder import build_tokenizers
+from megatron_tropd.tokenizer_builder import build_tokenizers, check_tokenizer
 
 
 @dataclass

@@ -103,12 +103,13 @@ class ReplicaCheck:
         names = [name for name, _ in module.named_parameters()]
         now_P = fingerprint(module)
         changed = "" if self._updated_P is None else _first_difference(names, now_P, self._updated_P)
-        differing = ""
+        found = []
         for expert in (False, True):
             mine = [index for index, name in enumerate(names) if is_expert(expert_name(name)) is expert]
             if mine:
                 group = self._layout.replica_group(is_expert=expert)
-                differing = differing or _differing([names[index] for index in mine], now_P[mine], group)
+                found.append(_differing([names[index] for index in mine], now_P[mine], group))
+        differing = next(filter(None, found), "")
         return (changed, differing) if changed or differing else None
 
 

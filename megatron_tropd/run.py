@@ -42,9 +42,8 @@ from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.special_tokens import map_special_tokens
 from megatron_tropd.step import Learner
 from megatron_tropd.teachers import TeachersAhead
-from megatron_tropd.tokenizer import HuggingFaceTokenizer, Tokenizer, huggingface_fingerprint
-from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
-from megatron_tropd.tokenizer_builder import build_tokenizers
+from megatron_tropd.tokenizer import Tokenizer
+from megatron_tropd.tokenizer_builder import build_tokenizers, check_tokenizer
 from megatron_tropd.trackers import require_trackers
 from megatron_tropd.watchdog import Watchdog
 from megatron_tropd.weight_gather import WeightGather
@@ -315,25 +314,6 @@ def _load(
         models = torch.nn.ModuleList(chunks)
         load_weights(folder, models, config, vocab_size=size, tokenizer=tokenizer.fingerprint)
     return chunks
-
-
-def check_tokenizer(tokenizer: Tokenizer, folder: Path, size: int) -> None:
-    """Refuse a Hugging Face model whose embedding has no row for a token, or whose own tokenizer is another."""
-    if tokenizer.vocab_size > size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {folder} only {size} rows in its embedding: "
-            "use the model's own tokenizer (tokenizer.kind=huggingface)"
-        )
-    if huggingface_fingerprint(folder) in (None, tokenizer.fingerprint):
-        return
-    hint = f"{folder} has another tokenizer than this run: set tokenizer.kind=huggingface and tokenizer.model (for the "
-    hint += "teacher, tokenizer.teacher) to it"
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise ConfigError(hint)
-    try:
-        shared_vocab_size(tokenizer, HuggingFaceTokenizer(folder))
-    except TokenizerMismatchError as error:
-        raise ConfigError(f"{hint}. {error}") from error
 
 
 def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:

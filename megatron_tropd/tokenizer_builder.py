@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from megatron_tropd.config import ConfigError
 from megatron_tropd.config_data import TokenizerConfig
 from megatron_tropd.tiktoken_tokenizer import TiktokenTokenizer
 from megatron_tropd.tokenizer import (
@@ -14,8 +16,9 @@ from megatron_tropd.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     TokenizerKind,
+    huggingface_fingerprint,
 )
-from megatron_tropd.tokenizer_agreement import shared_vocab_size
+from megatron_tropd.tokenizer_agreement import TokenizerMismatchError, shared_vocab_size
 
 
 def build_tokenizers(config: TokenizerConfig) -> tuple[Tokenizer, Tokenizer]:
@@ -62,3 +65,22 @@ _MODELS = {
     "huggingface": "a folder with a Hugging Face tokenizer",
     "tiktoken": "the path of a vocabulary in JSON, as Megatron's tiktoken tokenizer reads it",
 }
+
+
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, size: int) -> None:
+    """Refuse a Hugging Face model whose embedding has no row for a token, or whose own tokenizer is another."""
+    if tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {folder} only {size} rows in its embedding: "
+            "use the model's own tokenizer (tokenizer.kind=huggingface)"
+        )
+    if huggingface_fingerprint(folder) in (None, tokenizer.fingerprint):
+        return
+    hint = f"{folder} has another tokenizer than this run: set tokenizer.kind=huggingface and tokenizer.model (for the "
+    hint += "teacher, tokenizer.teacher) to it"
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError(hint)
+    try:
+        shared_vocab_size(tokenizer, HuggingFaceTokenizer(folder))
+    except TokenizerMismatchError as error:
+        raise ConfigError(f"{hint}. {error}") from error

@@ -146,8 +146,8 @@ def _check_loading(folder: str, converted: str) -> None:
     from megatron_tropd.hf_mapping import mappings
     from megatron_tropd.huggingface import load_huggingface
     from megatron_tropd.models import build_model
-    from megatron_tropd.run import check_tokenizer
     from megatron_tropd.tokenizer import CharacterTokenizer
+    from megatron_tropd.tokenizer_builder import check_tokenizer
     from tests import tiny
 
     layout = tiny.start(tp=1, pp=1)
@@ -430,7 +430,7 @@ def test_a_run_ends_with_a_folder_that_transformers_loads(folder: Path, tmp_path
     del config["data"]["validation"]  # neither spread experts nor interleaved stages can generate
     path.write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
-    (ours, on_save), _ = run_ranks(2, _sft_twice, str(path), str(run), kind)
+    (ours, on_save), _ = run_ranks(2, _sft_twice, str(path), str(run), kind, timeout=280)
     out = run / "hf" / "step_3"
     assert [each.name for each in out.parent.iterdir()] == ["step_3"]
     _, logits = hf_models.frequencies_and_logits(out, TOKENS)
