@@ -26,7 +26,7 @@ from megatron_tropd.config_drift import DriftError, check_drift
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
 from megatron_tropd.models import chunks_of
-from megatron_tropd.optimization import OPTIMIZER_FORMAT, load_optimizer_state
+from megatron_tropd.optimization import OPTIMIZER_FORMAT, load_optimizer_state, padding_counted
 from megatron_tropd.step import Learner
 from megatron_tropd.writing import BackgroundWriter, on_main, sharded_tensors, write_state
 
@@ -300,11 +300,12 @@ def check_same(path: Path, found: Description, expected: Description) -> None:
 def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
     students = _named(learner.students)
     # The optimizer rewrites entries of the dict it is given on some paths, so it gets its own.
-    optimizer = learner.optimizer.sharded_state_dict(
-        {name: student.sharded_state_dict() for name, student in students.items()},
-        is_loading=is_loading,
-        metadata=OPTIMIZER_FORMAT,
-    )
+    with padding_counted(learner.optimizer):
+        optimizer = learner.optimizer.sharded_state_dict(
+            {name: student.sharded_state_dict() for name, student in students.items()},
+            is_loading=is_loading,
+            metadata=OPTIMIZER_FORMAT,
+        )
     return {
         **{name: student.sharded_state_dict() for name, student in students.items()},
         "optimizer": optimizer,

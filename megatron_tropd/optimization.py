@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -102,6 +103,33 @@ def _start_adam(adam: torch.optim.Adam) -> None:
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """How Megatron writes the state of a distributed optimizer: every layout reads what another wrote."""
+
+
+@contextmanager
+def padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """For the time in which a distributed optimizer describes its state to a checkpoint.
+
+    Megatron 0.19.2 lays the buckets of a buffer one behind the other without the padding at their ends, and then looks
+    for each parameter where it is with it: with several buckets (a tied embedding has one of its own where there are
+    pipeline stages) state of other parameters would be written.
+    """
+    buffers = [
+        buffer
+        for inner in _inner_optimizers(optimizer)
+        if isinstance(inner, DistributedOptimizer)
+        for buffer in inner.buffers
+    ]
+    sized = [each for buffer in buffers for each in (buffer, *buffer.buckets)]
+    without_padding = [each.numel_unpadded for each in sized]
+    for buffer in buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for each, numel in zip(sized, without_padding, strict=True):
+            each.numel_unpadded = numel
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

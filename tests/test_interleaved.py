@@ -32,7 +32,8 @@ NUM_MICRO_BATCHES = 4
 def _student() -> Any:
     from tests import tiny
 
-    return dataclasses.replace(tiny.STUDENT, num_layers=4)
+    # With its biases a chunk's buffer has a bucket whose end is padded, which Megatron leaves out of a checkpoint.
+    return dataclasses.replace(tiny.STUDENT, num_layers=4, add_qkv_bias=True)
 
 
 def _start(**sizes: Any) -> Any:
