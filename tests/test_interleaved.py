@@ -227,6 +227,11 @@ def test_the_planner_knows_the_bytes_of_interleaved_stages(results: Any) -> None
         ("train", {"teacher": {"num_layers": 6}}, "teacher: a pipeline rank's 3 layers do not divide into"),
         ("sft", {"training": {"global_batch_size": 12}}, "each data-parallel rank has 3: choose"),
         ("sft", {"data": {"validation": "held_out.jsonl"}}, "chunks that cannot generate: give rollouts a copy"),
+        (
+            "sft",
+            {"optimizer": {"overlap_param_gather": True, "use_distributed_optimizer": False}},
+            "overlap_param_gather is about the sharded optimizer",
+        ),
         ("train", {}, "chunks that cannot generate: give rollouts a copy"),
     ],
 )
