@@ -126,8 +126,8 @@ def initialize(
     device = cpu.CPU if ON_CPU else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not ON_CPU:
         torch.cuda.set_device(device)
-        # On Hopper PyTorch prefers cuDNN's attention, which plans anew for every sequence length. Those of micro-batches
-        # differ, and every decoded token has one of its own; flash attention does not plan.
+        # On Hopper PyTorch prefers cuDNN's attention, which plans anew for every sequence length. Those of
+        # micro-batches differ, and every decoded token has one of its own; flash attention does not plan.
         torch.backends.cuda.enable_cudnn_sdp(False)
     owns_world = not dist.is_initialized()
     timeout = timedelta(minutes=timeout_minutes + 1)
