@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,8 @@ def _other_weights(model: Any, layout: Any) -> tuple[list[Rollout], list[Rollout
     """Generated again by the same engine once the weights have moved, with prompts that were shared before."""
     engine = _engine(model, layout, "dynamic", max_batch_size=12)
     engine.generate(same_prompts(), max_response_length=BUDGET)
+    kv_caches = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() == 6]
+    assert not kv_caches, "the KV cache is there while the model trains"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
