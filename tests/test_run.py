@@ -172,7 +172,7 @@ def _check_falling_back(run: Path, config: Path, expected: dict[str, Any]) -> No
     assert all(f"{shard.name} is damaged" in text and "training.fall_back=true" in text for text in refused)
     assert resumed == ["no error"] * 2
     events = [json.loads(line) for line in (run / "logs" / "rank_0.jsonl").read_text().splitlines()]
-    assert any("falling back to step_4" in event.get("message", "") for event in events)
+    assert any("falling back to step_4" in (event.get("message") or "") for event in events)
     found = _weights(run)
     assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
