@@ -99,17 +99,30 @@ class CopyEngine:
         self.callers = callers
         self.version = version
 
-    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
-        """See ``rollout.RolloutEngine``; here no replica is independent of the others."""
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_length: int,
+        max_new_tokens: int | None = None,
+        enough: int | None = None,
+    ) -> list[Rollout]:
+        """See ``rollout.RolloutEngine``; here no replica is independent of the others, and none ends a race early."""
         self.copy.follow(self.version())
         by_caller = _gathered(list(requests), self.callers)
         everything = [request for share in by_caller for request in share]
         # What is read at once, and the most that is then written token by token.
-        lengths = [len(one.prompt.tokens) + max_response_length - len(one.prefix) for one in everything]
+        most = max_response_length if max_new_tokens is None else max_new_tokens
+        lengths = [
+            len(one.prompt.tokens) + min(most, max_response_length - len(one.prefix) - len(one.earlier))
+            for one in everything
+        ]
         shares = balanced_shares(lengths, self.copy.layout.data_parallel_size)
         mine = [everything[index] for index in shares[self.copy.layout.data_parallel_rank]]
         with active(self.copy.layout):
-            generated = self.engine.generate(mine, max_response_length=max_response_length)
+            generated = self.engine.generate(
+                mine, max_response_length=max_response_length, max_new_tokens=max_new_tokens
+            )
         found = {
             index: rollout
             for share, rollouts in zip(shares, _gathered(generated, self.copy.layout), strict=True)

@@ -28,12 +28,28 @@ logger = logging.getLogger(__name__)
 class RolloutEngine(Protocol):
     """What the trainer, the teacher-answer generator and the evaluation ask to generate."""
 
-    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
-        """Continue every request to its end token or to ``max_response_length`` tokens of prefix + response.
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_length: int,
+        max_new_tokens: int | None = None,
+        enough: int | None = None,
+    ) -> list[Rollout]:
+        """Continue every request to its end token or to ``max_response_length`` tokens of prefix + earlier + response.
 
-        The rollouts come in the order of the requests. Every rank of one model replica (tensor x pipeline
-        parallel) calls it with the same requests and gets the same rollouts; replicas are independent, one
-        may have none.
+        The rollouts come in the order of the requests; ``response`` holds what this call has generated, not what was
+        ``earlier``. A request that has its end token, or fills the budget, gets an empty response. Every rank of one
+        model replica (tensor x pipeline parallel) calls it with the same requests and gets the same rollouts; replicas
+        are independent, one may have none.
+
+        ``max_new_tokens``, at least 1, is the most of one response. What it cuts off comes back unfinished, and goes on
+        where a later call has those tokens as ``earlier``: draws are keyed on (seed, sample id, position), so that
+        under the same weights the pieces are what one call gives, up to the rounding of matrix products.
+
+        With ``enough`` it stops as soon as it is certain which that many requests end with the fewest new tokens (by
+        an end token or a full ``max_response_length``). Those, and all that end with as many, come back whole; the
+        others cut off anywhere. An engine may go on for longer than it has to.
         """
         ...
 

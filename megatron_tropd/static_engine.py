@@ -1,13 +1,13 @@
 """Generation with Megatron's static batching, on the trainer's own weights.
 
-Shape suffixes: ``B`` sequences of a static batch, ``S`` positions of prompt + prefix + response.
+Shape suffixes: ``B`` sequences of a static batch, ``S`` positions of prompt + prefix + earlier tokens + response.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import batched
+from collections.abc import Iterator, Sequence
+from itertools import batched, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,43 +72,66 @@ class StaticEngine:
         self.seed = seed
         self.with_entropies = with_entropies
 
-    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
-        """See ``rollout.RolloutEngine``. A prefix that has its end token or fills the budget gets an empty response.
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_length: int,
+        max_new_tokens: int | None = None,
+        enough: int | None = None,
+    ) -> list[Rollout]:
+        """See ``rollout.RolloutEngine``.
 
-        Raises ValueError, before anything runs, where a sequence could outgrow the model or a prefix its
+        Raises ValueError, before anything runs, where a sequence could outgrow the model or what is given its
         budget, and afterwards where the model's logits were not finite. Leaves the model ready to train.
         """
         for request in requests:
             self._refuse_what_does_not_fit(request, max_response_length)
         rollouts = [
-            Rollout(request, response=(), log_probs=(), finished=request.prefix[-1:] == (self.eos_id,))
+            Rollout(request, response=(), log_probs=(), finished=_written(request)[-1:] == (self.eos_id,))
             for request in requests
         ]
         waiting = [
             index
             for index, rollout in enumerate(rollouts)
-            if not rollout.finished and len(rollout.request.prefix) < max_response_length
+            if not rollout.finished and len(_written(rollout.request)) < max_response_length
         ]
-        # Neighbours in length share a batch: it prefills to its shortest member, and steps from there.
-        waiting.sort(key=lambda index: _num_given_tokens(requests[index]))
+        most = max_response_length if max_new_tokens is None else min(max_new_tokens, max_response_length)
+        race = None if enough is None else _Race(enough, len(requests) - len(waiting), self.layout.device)
         try:
             with whole_sequences(self.model), InferenceMode.active():
-                for indices in batched(waiting, self.max_batch_size):
+                for indices in self._batches(requests, waiting, most):
+                    if race is not None and race.is_over():
+                        break
                     batch = [requests[index] for index in indices]
-                    generated = self._generate_batch(batch, max_response_length)
+                    generated = self._generate_batch(batch, max_response_length, most, race)
                     for index, rollout in zip(indices, generated, strict=True):
                         rollouts[index] = rollout
         finally:
             release_inference_state(self.model)
         return rollouts
 
+    def _batches(
+        self, requests: Sequence[RolloutRequest], waiting: Sequence[int], most: int
+    ) -> Iterator[tuple[int, ...]]:
+        """Indices in ``waiting``, shortest first: neighbours in length share a batch.
+
+        It prefills to its shortest member and steps from there, so over a gap wider than the ``most`` tokens that one
+        may be given, a batch of its own is the shorter way.
+        """
+        shortest_first = sorted(waiting, key=lambda index: _num_given_tokens(requests[index]))
+        lengths = [_num_given_tokens(requests[index]) for index in shortest_first]
+        cuts = [place for place in range(1, len(lengths)) if lengths[place] - lengths[place - 1] > most]
+        for start, end in pairwise((0, *cuts, len(lengths))):
+            yield from batched(shortest_first[start:end], self.max_batch_size)
+
     def _refuse_what_does_not_fit(self, request: RolloutRequest, max_response_length: int) -> None:
         prompt = request.prompt
         if not prompt.tokens:
             raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to continue")
-        if len(request.prefix) > max_response_length:
+        if len(written := _written(request)) > max_response_length:
             raise ValueError(
-                f"sample {request.sample_id}: a prefix of {len(request.prefix)} tokens exceeds "
+                f"sample {request.sample_id}: a prefix of {len(written)} tokens exceeds "
                 f"max_response_length = {max_response_length}, the budget of prefix + response: "
                 "cut the one or raise the other"
             )
@@ -119,13 +142,18 @@ class StaticEngine:
                 f"{self.model.max_sequence_length}: shorten one of them"
             )
 
-    def _generate_batch(self, requests: Sequence[RolloutRequest], max_response_length: int) -> list[Rollout]:
+    def _generate_batch(
+        self, requests: Sequence[RolloutRequest], max_response_length: int, most: int, race: _Race | None
+    ) -> list[Rollout]:
         """Generate for requests that all have room for a token; the KV cache lives for this batch only."""
-        num_positions = max(len(request.prompt.tokens) for request in requests) + max_response_length
+        num_positions = max(
+            min(len(request.prompt.tokens) + max_response_length, _num_given_tokens(request) + most)
+            for request in requests
+        )
         context = StaticInferenceContext(max_batch_size=len(requests), max_sequence_length=num_positions)
         context.config.pg_collection = self.layout.groups
         wrapper = GPTInferenceWrapper(self.model, context)
-        controller = _Controller(self, wrapper, requests, max_response_length)
+        controller = _Controller(self, wrapper, requests, max_response_length, most, race)
         longest = max(_num_given_tokens(request) for request in requests)
         sampling_params = SamplingParams(num_tokens_to_generate=num_positions - longest)
         controller.generate_all_output_tokens_static_batch(
@@ -133,7 +161,7 @@ class StaticEngine:
                 row: InferenceRequest(
                     request_id=row,
                     prompt="",
-                    prompt_tokens=[*request.prompt.tokens, *request.prefix],
+                    prompt_tokens=[*request.prompt.tokens, *_written(request)],
                     sampling_params=sampling_params,
                 )
                 for row, request in enumerate(requests)
@@ -155,16 +183,22 @@ class _Controller(TextGenerationController):
         wrapper: GPTInferenceWrapper,
         requests: Sequence[RolloutRequest],
         max_response_length: int,
+        most: int,
+        race: _Race | None,
     ):
         super().__init__(wrapper, tokenizer=SimpleNamespace(eod=engine.eos_id))
         self.engine = engine
         self.requests = requests
+        self.race = race
         device = engine.layout.device
         prompt_lengths_B = torch.tensor([len(request.prompt.tokens) for request in requests], device=device)
-        self.limits_B = prompt_lengths_B + max_response_length
+        self.given_B = torch.tensor([_num_given_tokens(request) for request in requests], device=device)
+        self.budgets_B = prompt_lengths_B + max_response_length
         """Where each sequence must end, as a position after its last token."""
+        self.limits_B = torch.minimum(self.budgets_B, self.given_B + most)
+        """Where it is cut off."""
         self.ends_B = self.limits_B.clone()
-        """Where it did."""
+        """Where it did end, or was."""
         sample_ids_B1 = torch.tensor([[request.sample_id] for request in requests], device=device)
         positions_S = torch.arange(wrapper.inference_context.max_sequence_length, device=device)
         self.uniforms_BS = uniforms(engine.seed, Stream.SAMPLING, sample_ids_B1, positions_S)
@@ -196,16 +230,20 @@ class _Controller(TextGenerationController):
         generated_sequence_lengths: torch.Tensor,
         termination_id: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[B]`` flags: which sequences have their end token or have used up their budget.
+        """``[B]`` flags: which sequences have their end token, have used up their budget, or are cut off.
 
         The lengths stay 0: Megatron's, which leave the end token out, are not what ``rollouts`` reads.
         """
         self.tokens_BS = updated_prompts_tokens
         end = current_context_end_position + 1
-        ended_B = (updated_prompts_tokens[:, end - 1] == termination_id) | (end >= self.limits_B)
-        ended_B &= generation_started & ~is_generation_done_tensor
-        self.ends_B = torch.where(ended_B, end, self.ends_B)
-        return is_generation_done_tensor | ended_B, generated_sequence_lengths
+        running_B = generation_started & ~is_generation_done_tensor
+        ended_B = running_B & ((updated_prompts_tokens[:, end - 1] == termination_id) | (end >= self.budgets_B))
+        if self.race is not None:
+            self.race.add(torch.where(ended_B, end - self.given_B, _NEVER))
+            self.limits_B = torch.minimum(self.limits_B, self.given_B + self.race.most)
+        stopped_B = ended_B | (running_B & (end >= self.limits_B))
+        self.ends_B = torch.where(stopped_B, end, self.ends_B)
+        return is_generation_done_tensor | stopped_B, generated_sequence_lengths
 
     def detokenize_generations(self, *_: Any, **__: Any) -> tuple[str, None]:
         """No text: rollouts are token ids."""
@@ -225,11 +263,45 @@ class _Controller(TextGenerationController):
                     f"sample {request.sample_id}: the model's logits are not finite; its weights are broken"
                 )
             at_tokens = () if all_entropies is None else tuple(all_entropies[row][given:end])
-            finished = response[-1] == self.engine.eos_id
+            finished = response[-1:] == (self.engine.eos_id,)
             rollouts.append(Rollout(request, response, log_probs, finished, at_tokens))
         return rollouts
 
 
+class _Race:
+    """Which ``enough`` requests of one call end with the fewest new tokens: no other is worth more tokens than those.
+
+    Lives on the device: decoding does not wait for it.
+    """
+
+    def __init__(self, enough: int, num_ended: int, device: torch.device):
+        """``num_ended`` requests have ended before the start, with no new token."""
+        self._counts = torch.full((enough,), _NEVER, device=device)
+        self._counts[:num_ended] = 0
+
+    @property
+    def most(self) -> torch.Tensor:
+        """New tokens beyond which a request is out of it; an int scalar."""
+        return self._counts[-1]
+
+    def add(self, counts: torch.Tensor) -> None:
+        """New tokens of requests that have ended, ``_NEVER`` of those that have not."""
+        self._counts = torch.cat((self._counts, counts)).sort().values[: len(self._counts)]
+
+    def is_over(self) -> bool:
+        """Whether no request that has not begun can be among them."""
+        return int(self.most) == 0
+
+
+_NEVER = 2**31
+"""More tokens than any response has."""
+
+
+def _written(request: RolloutRequest) -> tuple[int, ...]:
+    """What counts against the budget: the prefix and what was generated earlier."""
+    return request.prefix + request.earlier
+
+
 def _num_given_tokens(request: RolloutRequest) -> int:
-    """Tokens the engine starts from: prompt and prefix."""
-    return len(request.prompt.tokens) + len(request.prefix)
+    """Tokens the engine starts from: prompt, prefix, and what was generated earlier."""
+    return len(request.prompt.tokens) + len(_written(request))

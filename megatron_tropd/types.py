@@ -40,14 +40,17 @@ class RolloutRequest:
     sample_id: int
     prompt: Prompt
     prefix: tuple[int, ...]
+    earlier: tuple[int, ...] = ()
+    """What the student has written after the prefix in earlier steps: read, and no longer learned from; nor is then the
+    prefix, which counted when it was new."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A finished trajectory: prompt + prefix (from ``request``) + the student's own ``response``.
+    """A trajectory: prompt + prefix + earlier tokens (from ``request``) + the student's own ``response``.
 
     ``response`` includes the end token where one was sampled; ``log_probs`` (nats, one per response token) are what
-    the engine computed when it sampled; ``finished`` is False where the token budget cut the response off.
+    the engine computed when it sampled; ``finished`` is False where a token budget cut the response off.
 
     Worked example: prompt ``12+7=``, teacher answer ``91<eos>`` (digits reversed), prefix of one token ``9``, student
     continues ``1<eos>``: prefix = ids("9"), response = ids("1<eos>"), two log-probs, finished = True.
@@ -60,6 +63,8 @@ class Rollout:
     entropies: tuple[float, ...] = ()
     """Nats, one per response token: of the student's distribution at temperature 1 that the token was sampled from.
     Empty where nobody asked for them."""
+    versions: tuple[int, ...] = ()
+    """The weights that sampled each response token, as the number of the step that asked for it. Empty: all by one."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ class MicroBatch:
     """Positions that are not padding."""
     num_loss_terms: int
     """This micro-batch's share of the global denominator (response positions, or sequences); 0 is allowed."""
+    stale_BS: torch.Tensor | None = None
+    """bool: on-policy labels that weights of an earlier step sampled; None where there are none."""
     teacher_tokens_BS: torch.Tensor | None = None
     """int64 ids that the teacher reads, ``[B, S']``: its own prompts, then the same prefixes and responses; None:
     ``tokens_BS``."""

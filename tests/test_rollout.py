@@ -20,6 +20,8 @@ LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2)]}
 """World size -> (tensor, pipeline); the rest is data parallel."""
 CASES = [(world_size, tp, pp) for world_size, layouts in LAYOUTS.items() for tp, pp in layouts]
 VOCAB_SIZE, EOS, BUDGET, SEED = 45, 1, 10, 5
+ENOUGH = 6
+"""Requests that a race waits for; two have ended before it begins."""
 MODEL = ModelConfig(
     num_layers=2,
     hidden_size=32,
@@ -92,6 +94,9 @@ def _results_of_a_rank(world_size: int) -> dict[tuple[int, int], dict[str, Any]]
             "greedy": _generate(_engine(model, layout, temperature=0.0), requests()),
             "evaluation": _evaluate(layout),
             "mine": _generate_own_share(engine, layout),
+            "pieces": _generate_in_pieces(engine, 3),
+            "enough": _race(engine),
+            "enough in one batch": _race(_engine(model, layout, max_batch_size=100)),
             "errors": _errors(engine),
             **_train_around_a_rollout(layout),
         }
@@ -106,6 +111,29 @@ def _generate_own_share(engine: Any, layout: Any) -> list[list[Rollout]]:
     rank, size = layout.data_parallel_rank, layout.data_parallel_size
     shares = [requests()[rank::size], requests() if rank == 0 else []]
     return [_generate(engine, share) for share in shares]
+
+
+def _race(engine: Any) -> list[Rollout]:
+    return engine.generate(requests(), max_response_length=BUDGET, enough=ENOUGH)
+
+
+def _generate_in_pieces(engine: Any, most: int) -> list[Rollout]:
+    """Calls of at most ``most`` new tokens until every request has ended; put together."""
+    whole = {request.sample_id: Rollout(request, (), (), False) for request in requests()}
+    waiting = list(whole.values())
+    while waiting:
+        asked = [replace(rollout.request, earlier=rollout.response) for rollout in waiting]
+        pieces = engine.generate(asked, max_response_length=BUDGET, max_new_tokens=most)
+        assert [piece.request for piece in pieces] == asked and all(len(piece.response) <= most for piece in pieces)
+        for before, new in zip(waiting, pieces, strict=True):
+            response, log_probs = before.response + new.response, before.log_probs + new.log_probs
+            whole[before.request.sample_id] = replace(
+                before, response=response, log_probs=log_probs, finished=new.finished
+            )
+        waiting = [
+            whole[piece.request.sample_id] for piece in pieces if len(piece.response) == most and not piece.finished
+        ]
+    return list(whole.values())
 
 
 class _Script:
@@ -313,6 +341,50 @@ def test_replicas_with_different_requests_or_none(results: Any, single: dict[str
         spread, first_only = rank_results["mine"]
         assert _responses(spread) == _responses(single["sampled"][replica::num_replicas])
         assert _responses(first_only) == (_responses(single["sampled"]) if replica == 0 else [])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_generated_in_pieces_is_what_one_call_generates(
+    results: Any, single: dict[str, Any], case: Any
+) -> None:
+    for rank_results in results[case]:
+        pieces = rank_results["pieces"]
+        assert [(r.request, r.response, r.finished) for r in pieces] == [
+            (r.request, r.response, r.finished) for r in single["sampled"]
+        ]
+        np.testing.assert_allclose(_log_probs(pieces), _log_probs(single["sampled"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_race_ends_when_enough_have_ended(results: Any, single: dict[str, Any], case: Any) -> None:
+    whole = single["sampled"]
+    lengths = [len(rollout.response) for rollout in whole]
+    last = sorted(lengths)[ENOUGH - 1]
+    assert lengths[:2] == [0, 0] and 0 < last < max(lengths)  # else the test would show nothing
+    for rank_results in results[case]:
+        for kind, most in (("enough", 1.0), ("enough in one batch", 0.95)):
+            generated = 0
+            for rollout, reference in zip(rank_results[kind], whole, strict=True):
+                assert rollout.request == reference.request
+                if len(reference.response) <= last:
+                    assert (rollout.response, rollout.finished) == (reference.response, reference.finished)
+                else:
+                    assert rollout.response == reference.response[: len(rollout.response)] and not rollout.finished
+                generated += len(rollout.response)
+            assert generated < most * sum(lengths), kind
+
+
+def test_sequences_of_very_different_lengths_do_not_share_a_batch() -> None:
+    from megatron_tropd.static_engine import StaticEngine
+
+    engine = StaticEngine.__new__(StaticEngine)
+    engine.max_batch_size = 3
+    prompts = [Prompt(str(length), "", (2,) * length, "") for length in (20, 3, 4, 9, 10, 21, 2)]
+    what = [RolloutRequest(index, prompt, ()) for index, prompt in enumerate(prompts)]
+    # Lengths 2 3 4 | 9 10 | 20 21: ten steps over the gap, or one batch more of at most four steps.
+    assert list(engine._batches(what, range(7), 4)) == [(6, 1, 2), (3, 4), (0, 5)]
+    assert list(engine._batches(what, range(7), 10)) == [(6, 1, 2), (3, 4, 0), (5,)]
+    assert list(engine._batches(what, [], 4)) == []
 
 
 @pytest.mark.parametrize("case", CASES)
