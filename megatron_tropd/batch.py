@@ -75,7 +75,7 @@ def build_batch(
         )
     for rollout in rollouts:
         _refuse_unusable(rollout, max_sequence_length)
-    longest_first = sorted(rollouts, key=lambda rollout: (-_num_tokens(rollout), rollout.request.sample_id))
+    longest_first = sorted(rollouts, key=lambda rollout: (-num_tokens(rollout), rollout.request.sample_id))
     teachers = sorted({rollout.request.prompt.teacher for rollout in rollouts})
     groups = []
     for teacher in teachers or [""]:
@@ -86,10 +86,9 @@ def build_batch(
             count = num_rows if len(teachers) <= 1 else len(mine) + -len(mine) % micro_batch_size
             rows = [*mine, *[None] * (count - len(mine))]
             groups += [rows[start : start + micro_batch_size] for start in range(0, count, micro_batch_size)]
+    names = tuple(source_names)
     micro_batches = tuple(
-        _micro_batch(
-            group, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, tuple(source_names), device
-        )
+        _micro_batch(group, step, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, names, device)
         for group in groups
     )
     return Batch(micro_batches, step)
@@ -107,13 +106,16 @@ def _by_positions(rows: Sequence[Rollout], most: int, multiple: int) -> list[lis
     return groups
 
 
-def split_for_rank[Item](items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int) -> list[Item]:
+def split_for_rank[Item](
+    items: Sequence[Item], lengths: Sequence[int], *, rank: int, size: int, even: bool = True
+) -> list[Item]:
     """Rank ``rank``'s share of ``items`` over ``size`` data-parallel ranks: equal counts, similar lengths.
 
     ``lengths`` are the expected costs of the items (tokens); every rank passes the same. The share keeps the order of
-    ``items``. Raises ValueError where the items do not divide evenly.
+    ``items``. Raises ValueError where the items do not divide evenly; unless ``even``, some then have one fewer than
+    others.
     """
-    if len(items) % size:
+    if even and len(items) % size:
         raise ValueError(
             f"{len(items)} sequences do not divide over {size} data-parallel ranks: "
             "choose a global_batch_size that does"
@@ -158,30 +160,33 @@ def answers_as_rollouts(
     return rollouts
 
 
-def _num_tokens(rollout: Rollout) -> int:
-    return len(rollout.request.prompt.tokens) + len(rollout.request.prefix) + len(rollout.response)
+def num_tokens(rollout: Rollout) -> int:
+    """Length of the whole trajectory."""
+    request = rollout.request
+    return len(request.prompt.tokens) + len(request.prefix) + len(request.earlier) + len(rollout.response)
 
 
 def _refuse_unusable(rollout: Rollout, max_sequence_length: int) -> None:
-    sample_id, num_tokens = rollout.request.sample_id, _num_tokens(rollout)
+    sample_id, length = rollout.request.sample_id, num_tokens(rollout)
     assert len(rollout.log_probs) == len(rollout.response), f"sample {sample_id}: one log-prob for each response token"
     if not rollout.request.prompt.tokens:
         raise ValueError(f"sample {sample_id}: its prompt has no tokens, so nothing predicts the first one")
-    if num_tokens > max_sequence_length:
+    if length > max_sequence_length:
         raise ValueError(
-            f"sample {sample_id}: {num_tokens} tokens, but the models are built for {max_sequence_length} "
+            f"sample {sample_id}: {length} tokens, but the models are built for {max_sequence_length} "
             "(data.max_prompt_length + rollout.max_response_length): raise a budget or shorten the answer"
         )
 
 
 def _num_positions(rows: Sequence[Rollout | None], multiple: int) -> int:
     # A position at least: a micro-batch of padding alone still runs through the models.
-    longest = max(1, max(_num_tokens(row) - 1 if row else 0 for row in rows))
+    longest = max(1, max(num_tokens(row) - 1 if row else 0 for row in rows))
     return longest + -longest % multiple
 
 
 def _micro_batch(
     rows: Sequence[Rollout | None],
+    step: int,
     seed: int,
     pad_id: int,
     normalization: Normalization,
@@ -198,24 +203,31 @@ def _micro_batch(
     regions_BS = np.full(shape, TokenRegion.NONE, dtype=np.int64)
     log_probs_BS = np.zeros(shape, dtype=np.float32)
     weights_BS = np.zeros(shape, dtype=np.float32)
+    stale_BS = np.zeros(shape, dtype=bool)
     advantages_BS = np.zeros(shape, dtype=np.float32)
     padding_BS = np.ones(shape, dtype=bool)
     for row, rollout in enumerate(rows):
         if rollout is None:
             continue  # stays padding
-        prompt, prefix, response = rollout.request.prompt.tokens, rollout.request.prefix, rollout.response
-        trajectory = np.array([*prompt, *prefix, *response], dtype=np.int64)
+        request = rollout.request
+        trajectory = np.array(
+            [*request.prompt.tokens, *request.prefix, *request.earlier, *rollout.response], dtype=np.int64
+        )
         # The one shift: position t reads token t and predicts token t + 1.
-        start, end = len(prompt) - 1, len(trajectory) - 1
+        start, end = len(request.prompt.tokens) - 1, len(trajectory) - 1
+        first = end - len(rollout.response)
+        learned = first if request.earlier else start
         tokens_BS[row, :end] = trajectory[:-1]
         padding_BS[row, :end] = False
-        labels_BS[row, start:end] = trajectory[1:][start:]
-        regions_BS[row, start : start + len(prefix)] = TokenRegion.GUIDANCE
-        regions_BS[row, start + len(prefix) : end] = TokenRegion.ON_POLICY
+        labels_BS[row, learned:end] = trajectory[1:][learned:]
+        regions_BS[row, learned:first] = TokenRegion.GUIDANCE
+        regions_BS[row, first:end] = TokenRegion.ON_POLICY
         if selected is not None:
-            regions_BS[row, start + len(prefix) : end][~selected[rollout.request.sample_id]] = TokenRegion.NONE
+            regions_BS[row, first:end][~selected[request.sample_id]] = TokenRegion.NONE
         part_S = regions_BS[row] != TokenRegion.NONE
-        log_probs_BS[row, start + len(prefix) : end] = rollout.log_probs
+        log_probs_BS[row, first:end] = rollout.log_probs
+        if rollout.versions:
+            stale_BS[row, first:end] = np.array(rollout.versions) != step
         if advantages is not None:
             advantages_BS[row, regions_BS[row] == TokenRegion.ON_POLICY] = advantages[rollout.request.sample_id]
         weights_BS[row, part_S] = 1.0 / max(1, part_S.sum()) if normalization == "sequences" else 1.0
@@ -235,6 +247,7 @@ def _micro_batch(
         regions_BS=torch.from_numpy(regions_BS).to(device),
         uniforms_BS=_gate_uniforms(seed, sample_ids, num_positions).to(device),
         rollout_log_probs_BS=torch.from_numpy(log_probs_BS).to(device),
+        stale_BS=torch.from_numpy(stale_BS).to(device) if stale_BS.any() else None,
         advantages_BS=None if advantages is None else torch.from_numpy(advantages_BS).to(device),
         weights_BS=torch.from_numpy(weights_BS).to(device),
         padding_BS=torch.from_numpy(padding_BS).to(device),
@@ -261,7 +274,7 @@ def _teacher_view(
             prompt = row.request.prompt
             seen = prompt.teacher_tokens or prompt.tokens
             offsets[index] = len(seen) - len(prompt.tokens)
-            read[index] = [*seen, *row.request.prefix, *row.response][:-1]
+            read[index] = [*seen, *row.request.prefix, *row.request.earlier, *row.response][:-1]
     longest = max(1, *map(len, read.values()))
     tokens_BS = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)
     for index, tokens in read.items():

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,15 @@ def save_checkpoint(
     *,
     keep: int,
     keep_every: int = 0,
+    files: Mapping[str, str] | None = None,
     background: BackgroundWriter | None = None,
 ) -> Path:
     """Write ``folder/step_N`` (all ranks call this), move ``latest``, drop all but the newest ``keep`` (0: none).
 
-    Steps that ``keep_every`` divides stay. A full disk or a failed write on any rank is a CheckpointError on every one.
-    A crash at any moment leaves the previous ``latest`` valid. With ``background`` it waits for that writer's earlier
-    checkpoint, if any, and returns while this one is being written: the writer publishes it.
+    Steps that ``keep_every`` divides stay. ``files`` (name to text, equal on every rank) lie beside the tensors, whole
+    or absent with them. A full disk or a failed write on any rank is a CheckpointError on every one. A crash at any
+    moment leaves the previous ``latest`` valid. With ``background`` it waits for that writer's earlier checkpoint, if
+    any, and returns while this one is being written: the writer publishes it.
     """
     if background is not None:
         background.finish()
@@ -88,7 +90,7 @@ def save_checkpoint(
     on_main(lambda: require_space(temporary, num_bytes), is_main)
 
     def publish() -> None:
-        on_main(lambda: _publish(temporary, final, description, keep, keep_every), is_main)
+        on_main(lambda: _publish(temporary, final, description, files or {}, keep, keep_every), is_main)
 
     if background is not None:
         background.start(state, temporary, publish)
@@ -107,8 +109,12 @@ def make_anew(folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be made ({error.strerror}); see to its parent folder") from error
 
 
-def _publish(temporary: Path, final: Path, description: Description, keep: int, keep_every: int) -> None:
+def _publish(
+    temporary: Path, final: Path, description: Description, files: Mapping[str, str], keep: int, keep_every: int
+) -> None:
     folder = final.parent
+    for name, text in files.items():
+        write_durably(temporary / name, text)
     write_durably(temporary / DESCRIPTION, json.dumps(asdict(description), indent=2))
     seal(temporary)
     shutil.rmtree(final, ignore_errors=True)

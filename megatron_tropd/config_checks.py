@@ -12,6 +12,7 @@ from megatron_tropd.config_data_checks import check_data
 from megatron_tropd.config_layout_checks import check_experts, check_interleaved
 from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
 from megatron_tropd.config_require import collecting, require
+from megatron_tropd.config_rollout_checks import check_pace
 
 
 def validate(config: Config, world_size: int, command: str) -> None:
@@ -50,6 +51,8 @@ def validate(config: Config, world_size: int, command: str) -> None:
     check_experts(config, world_size, command, student=(tp, pp), teacher=teacher_sizes(config))
     if command in ("train", "sft"):
         _check_training(config, world_size // (tp * pp), command)
+    if command == "train":
+        check_pace(config, world_size // (tp * pp))
     if command in ("train", "generate"):
         _check_guidance(config, command)
     if command == "evaluate":

@@ -46,6 +46,17 @@ class RolloutConfig:
     refit_check_interval: int = 50
     """With a copy: check, at its first refit and every this many, that hashes of every tensor agree with the trainer's;
     0: never."""
+    partial_tokens: int | None = None
+    """Partial rollouts, in training: most tokens that a sample is given in one step. One that has not ended by then is
+    paused, kept in checkpoints, and continued by the next step's weights. None: every step generates to the end."""
+    partial_learn_from: Literal["segments", "finished"] = "segments"
+    """segments: a step learns from the tokens it has generated itself, of every sample in flight; strictly on-policy.
+    finished: from whole responses, whose earlier tokens older weights sampled; terms on the sampled token take PPO's
+    clipped ratio (objective_options.clip_ratio_low, _high) against those weights' log-probs."""
+    over_sampling: float = 1.0
+    """In training, sequences in flight for each that a step learns from. Above 1 a step generates until as many as it
+    needs have ended, those with the fewest new tokens, and drops the others: long responses are learned from less.
+    With partial_learn_from=finished none is dropped; unfinished ones are continued in the next step."""
     engine: Literal["auto", "static", "dynamic"] = "auto"
     """Megatron's static batching, or its dynamic batching with a paged KV cache; auto: see docs/rollouts.md."""
     dynamic: DynamicEngineConfig = field(default_factory=DynamicEngineConfig)

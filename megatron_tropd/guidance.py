@@ -76,7 +76,7 @@ def prefix_length(
 def build_requests(
     prompts: Sequence[Prompt],
     *,
-    step: int,
+    first_sample_id: int,
     samples_per_prompt: int,
     seed: int,
     store: AnswerStore | None = None,
@@ -85,17 +85,15 @@ def build_requests(
     min_on_policy_tokens: int = 0,
     fraction: float = 1.0,
 ) -> list[RolloutRequest]:
-    """The rollout requests of one step over all ranks.
+    """The rollout requests of ``prompts`` over all ranks.
 
-    They come as the samples of the first prompt, then those of the second, ... ``prompts`` are the step's, so
-    the global batch has ``len(prompts) * samples_per_prompt`` sequences, the same number at every step;
-    sample ids are ``step * global batch + index``. Sample j of a prompt continues its stored answer j mod n.
+    They come as the samples of the first prompt, then those of the second, ..., with sample ids that count from
+    ``first_sample_id``, a multiple of ``samples_per_prompt``. Sample j of a prompt continues its stored answer j mod n.
     ``max_length`` is this step's L_max; at 0, or without a store, no prefix is given. A sample gets a prefix
     where its own draw is below ``fraction``: the samples of a smaller fraction are among those of a larger
     one. Depends on the arguments alone. Raises ValueError for a prompt that the store does not answer.
     """
-    global_batch_size = len(prompts) * samples_per_prompt
-    sample_ids = torch.arange(step * global_batch_size, (step + 1) * global_batch_size)
+    sample_ids = torch.arange(first_sample_id, first_sample_id + len(prompts) * samples_per_prompt)
     shares = uniforms(seed, Stream.PREFIX_FRACTION, sample_ids, 0).tolist()
     lengths = uniforms(seed, Stream.PREFIX_LENGTH, sample_ids, 0).tolist()
     requests = []
@@ -108,3 +106,26 @@ def build_requests(
             prefix = tuple(tokens[:length])
         requests.append(RolloutRequest(sample_id, prompt, prefix))
     return requests
+
+
+def expected_length(
+    request: RolloutRequest,
+    *,
+    samples_per_prompt: int,
+    max_response_length: int,
+    store: AnswerStore | None = None,
+    max_new_tokens: int | None = None,
+) -> int:
+    """Tokens of the trajectory that generating for ``request`` is expected to give, for spreading requests over ranks.
+
+    The student is taken to stop where the teacher's answer to the prompt does. Without one, or where what is written
+    has outgrown it, the response may fill its budget of ``max_response_length``, or ``max_new_tokens`` where that is
+    less.
+    """
+    written = len(request.prefix) + len(request.earlier)
+    left = max_response_length - written
+    if store is not None:
+        answer = len(store.answer(request.prompt, request.sample_id % samples_per_prompt).tokens)
+        left = min(left, answer - written) if answer > written else left
+    new = left if max_new_tokens is None else min(left, max_new_tokens)
+    return len(request.prompt.tokens) + written + new

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_tropd.batch import num_tokens
 from megatron_tropd.distributed import Layout
 from megatron_tropd.objectives import k2, k3
 from megatron_tropd.report import read_metrics
@@ -28,6 +29,8 @@ SUM_NAMES = (
     "reward",
     "p_trust",
     "log_prob_gap",
+    "stale_tokens",
+    "stale_log_prob_gap",
     "teacher_top_k_tokens",
     "teacher_top_k_mass",
     "top_k_divergence",
@@ -53,6 +56,10 @@ def token_sums(
     """
     on_policy_N = batch.regions_BS.flatten()[batch.loss_positions_N] == TokenRegion.ON_POLICY
     gap_N = (report["student_log_prob"] - batch.rollout_log_probs_BS.flatten()[batch.loss_positions_N]).abs()
+    stale_N = torch.zeros_like(on_policy_N)
+    if batch.stale_BS is not None:
+        stale_N = batch.stale_BS.flatten()[batch.loss_positions_N] & on_policy_N
+    fresh_N = on_policy_N & ~stale_N
 
     # Masks, not selections: a selection's size would have to come back from the device.
     def total(name: str, mask_N: torch.Tensor) -> torch.Tensor:
@@ -72,7 +79,9 @@ def token_sums(
         total("outlier", on_policy_N),
         total("reward", on_policy_N),
         total("p_trust", on_policy_N),
-        _sum(gap_N, on_policy_N),
+        _sum(gap_N, fresh_N),
+        stale_N.double().sum(),
+        _sum(gap_N, stale_N),
         has_top_k_N.double().sum(),
         total("teacher_top_k_mass", has_top_k_N),
         total("top_k_divergence", on_policy_N),
@@ -85,7 +94,7 @@ def token_sums(
     nowhere_N = torch.zeros_like(on_policy_N)
     maxima = [
         _maximum(-report["reward"], on_policy_N) if "reward" in report else _maximum(loss_N, nowhere_N),
-        _maximum(gap_N, on_policy_N),
+        _maximum(gap_N, fresh_N),
     ]
     return torch.cat(
         [torch.stack(sums), _source_sums(batch, loss_N, on_policy_N, report), torch.stack(maxima)]
@@ -151,10 +160,13 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     and ``reward_min``, ``reverse_kl_k2`` and ``reverse_kl_k3``, estimates of KL(S||T) in nats beside -``reward`` = K1,
     ``teacher_top_k_mass`` and ``top_k_divergence`` (nats) over the rows that needed a top-k, entropies
     in nats over response positions, ``on_policy_share`` of response positions, ``log_prob_gap``
-    = mean |trainer - engine| in nats, and its maximum, ``clipped_ratio_share`` of on-policy tokens where PPO's
-    clip acts, and ``load_balancing_loss`` (``experts.LoadBalance``) where the student's routers have one.
+    = mean |trainer - engine| in nats over tokens that weights of this step sampled, and its maximum,
+    ``stale_token_share`` of on-policy tokens that earlier weights sampled and ``stale_log_prob_gap`` over them,
+    ``clipped_ratio_share`` of on-policy tokens where PPO's clip acts, and ``load_balancing_loss``
+    (``experts.LoadBalance``) where the student's routers have one.
     """
     on_policy = max(sums["on_policy_tokens"], 1.0)
+    stale, fresh = max(sums["stale_tokens"], 1.0), sums["on_policy_tokens"] - sums["stale_tokens"]
     response = max(sums["on_policy_tokens"] + sums["guidance_tokens"], 1.0)
     any_on_policy = sums["on_policy_tokens"] > 0
     return {
@@ -171,9 +183,11 @@ def step_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "teacher_entropy": sums["teacher_entropy"] / response,
         "on_policy_share": sums["on_policy_tokens"] / response,
         "response_tokens": response if any_on_policy or sums["guidance_tokens"] else 0.0,
-        "log_prob_gap": sums["log_prob_gap"] / on_policy,
+        "log_prob_gap": sums["log_prob_gap"] / max(fresh, 1.0),
+        "stale_token_share": sums["stale_tokens"] / on_policy,
+        "stale_log_prob_gap": sums["stale_log_prob_gap"] / stale,
         "clipped_ratio_share": sums["clipped"] / on_policy,
-        "log_prob_gap_max": sums["log_prob_gap_max"] if any_on_policy else 0.0,
+        "log_prob_gap_max": sums["log_prob_gap_max"] if fresh else 0.0,
         **{name: sums[name] for name in ("load_balancing_loss",) if name in sums},
     }
 
@@ -198,9 +212,12 @@ def source_metrics(sums: Mapping[str, float], source_names: Sequence[str]) -> di
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], layout: Layout) -> dict[str, float]:
-    """Means over the global batch: tokens of teacher prefix and of response, and the share of finished sequences."""
+    """Means over the global batch: tokens of teacher prefix and of response, and the share of finished sequences.
+
+    Only what a step learns from: of a continued sample neither its prefix nor its earlier tokens.
+    """
     sums = torch.tensor(
-        [[len(rollout.request.prefix), len(rollout.response), float(rollout.finished), 1.0] for rollout in rollouts]
+        [[0 if r.request.earlier else len(r.request.prefix), len(r.response), float(r.finished), 1.0] for r in rollouts]
         or [[0.0] * 4],
         dtype=torch.float64,
         device=layout.device,
@@ -211,16 +228,26 @@ def rollout_metrics(rollouts: Sequence[Rollout], layout: Layout) -> dict[str, fl
     return {"prefix_length": prefix / count, "response_length": response / count, "finished_share": finished / count}
 
 
+def imbalance(count: int, layout: Layout) -> float:
+    """The most that a data-parallel replica has of something over the mean of all; 1 where nobody has any."""
+    total, most = (torch.tensor(count, dtype=torch.float64, device=layout.device) for _ in range(2))
+    dist.all_reduce(total, group=layout.groups.dp)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=layout.groups.dp)
+    return float(most) * layout.data_parallel_size / float(total) if total else 1.0
+
+
+def share(part: int, whole: int, layout: Layout) -> float:
+    """``part`` over ``whole``, both summed over data-parallel replicas; 0 of nothing."""
+    sums = torch.tensor([part, whole], dtype=torch.float64, device=layout.device)
+    dist.all_reduce(sums, group=layout.groups.dp)
+    return float(sums[0] / sums[1]) if sums[1] else 0.0
+
+
 def padding_share(rollouts: Sequence[Rollout], batch: Batch, layout: Layout) -> float:
     """Share of the global batch's positions that are padding; ``batch`` was built from ``rollouts``."""
-    needed = sum(
-        len(rollout.request.prompt.tokens) + len(rollout.request.prefix) + len(rollout.response) - 1
-        for rollout in rollouts
-    )
+    needed = sum(num_tokens(rollout) - 1 for rollout in rollouts)
     run = sum(micro_batch.tokens_BS.numel() for micro_batch in batch.micro_batches)
-    sums = torch.tensor([needed, run], dtype=torch.float64, device=layout.device)
-    dist.all_reduce(sums, group=layout.groups.dp)
-    return 1.0 - float(sums[0] / sums[1])
+    return 1.0 - share(needed, run, layout)
 
 
 class MetricsLog:

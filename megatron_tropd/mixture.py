@@ -105,14 +105,21 @@ class Mixture:
 
     def of_batch(self, batch: int) -> list[Prompt]:
         """The prompts of the batch with this number (the step's, unless steps were refused), over all ranks."""
-        places = self._order.indices(batch * self._prompts_per_step, self._prompts_per_step)
-        return [self._sources[source][index] for source, index in places]
+        return self.at(batch * self._prompts_per_step, self._prompts_per_step)
+
+    def at(self, start: int, count: int) -> list[Prompt]:
+        """The prompts at the places [start, start + count) of the order, over all ranks."""
+        return [self._sources[source][index] for source, index in self._order.indices(start, count)]
 
     def epochs(self, batch: int) -> dict[str, float]:
         """``epoch/source``, how often each source has been through after ``batch``; nothing for a single file."""
+        return self.epochs_at((batch + 1) * self._prompts_per_step)
+
+    def epochs_at(self, place: int) -> dict[str, float]:
+        """The same after ``place`` prompts."""
         if not self.source_names:
             return {}
-        epochs = self._order.epochs((batch + 1) * self._prompts_per_step)
+        epochs = self._order.epochs(place)
         return {f"epoch/{name}": epoch for name, epoch in zip(self.source_names, epochs, strict=True)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -351,8 +351,11 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
     )
 
 
-def resume(run: Run, learner: Learner) -> int:
-    """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run)."""
+def resume(run: Run, learner: Learner, restore: Callable[[Path], None] | None = None) -> int:
+    """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run).
+
+    ``restore`` is then called with the checkpoint's folder, for what lies beside the tensors.
+    """
     if run.background is not None:
         run.background.finish()
     newest = find_checkpoint(run.checkpoints, fall_back=run.config.training.fall_back, is_main=run.layout.is_main)
@@ -360,6 +363,8 @@ def resume(run: Run, learner: Learner) -> int:
         return 0
     allow = run.config.training.allow_config_changes
     step = load_checkpoint(newest, learner, run.describe(0), allow_config_changes=allow)
+    if restore is not None:
+        restore(newest)
     run.monitor.journal.steps_done = step
     if run.layout.is_main:
         logger.info("resumed from %s", newest)
@@ -368,8 +373,11 @@ def resume(run: Run, learner: Learner) -> int:
     return step
 
 
-def save(run: Run, learner: Learner, step: int) -> None:
-    """Checkpoint of ``step`` steps done, with ``training.async_save`` only begun; and its export where asked for."""
+def save(run: Run, learner: Learner, step: int, files: Mapping[str, str]) -> None:
+    """Checkpoint of ``step`` steps done, with ``training.async_save`` only begun; and its export where asked for.
+
+    ``files`` as in ``save_checkpoint``.
+    """
     training = run.config.training
     save_checkpoint(
         run.checkpoints,
@@ -377,6 +385,7 @@ def save(run: Run, learner: Learner, step: int) -> None:
         run.describe(step),
         keep=training.keep_checkpoints,
         keep_every=training.keep_every,
+        files=files,
         background=run.background,
     )
     if training.export_hf_on_save:

@@ -30,7 +30,9 @@ class SampleScores:
 
     def add(self, batch: MicroBatch, loss_N: torch.Tensor, report: Mapping[str, torch.Tensor]) -> None:
         """One micro-batch: ``loss_N`` and the report's tensors hold a value for each position that carries loss."""
-        on_policy_N = batch.regions_BS.flatten()[batch.loss_positions_N] == TokenRegion.ON_POLICY
+        fresh_N = batch.regions_BS.flatten()[batch.loss_positions_N] == TokenRegion.ON_POLICY
+        if batch.stale_BS is not None:
+            fresh_N &= ~batch.stale_BS.flatten()[batch.loss_positions_N]
         gap_N = (report["student_log_prob"] - batch.rollout_log_probs_BS.flatten()[batch.loss_positions_N]).abs()
         rows_N = batch.loss_positions_N // batch.regions_BS.shape[1]
 
@@ -40,7 +42,7 @@ class SampleScores:
 
         scores: dict[Score, torch.Tensor] = {
             "loss": by_sample(loss_N.abs()),
-            "log_prob_gap": by_sample(gap_N.where(on_policy_N, 0)),
+            "log_prob_gap": by_sample(gap_N.where(fresh_N, 0)),
         }
         self._found.append((batch.sample_ids, scores))
 
@@ -52,7 +54,7 @@ class SampleScores:
         """The ``count`` samples of all ranks with the highest score, the worst first; every rank calls it.
 
         ``loss``: the sum of abs(loss) over the sample's tokens, as it is weighted in the step's loss; ``log_prob_gap``:
-        the sum of abs(trainer - engine) log-prob over its on-policy tokens. Nats.
+        the sum of abs(trainer - engine) log-prob over its on-policy tokens that the weights of now sampled. Nats.
         """
         scores = self._of_all_ranks(score)
         return sorted(scores, key=lambda sample: (-scores[sample], sample))[:count]

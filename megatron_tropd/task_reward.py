@@ -51,7 +51,7 @@ def task_advantages(
 def _score(
     rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_id: int, options: VerifierOptions | None
 ) -> float:
-    tokens = [*rollout.request.prefix, *rollout.response]
+    tokens = [*rollout.request.prefix, *rollout.request.earlier, *rollout.response]
     if tokens[-1:] == [eos_id]:
         tokens.pop()
     prompt = rollout.request.prompt

@@ -14,24 +14,26 @@ from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerStore
 from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
-from megatron_tropd.config import Config, resolved_fraction, resolved_schedule
+from megatron_tropd.config import Config, resolved_schedule
 from megatron_tropd.engines import Engines, training_engines
 from megatron_tropd.evaluate import Evaluator, check_prompts, verifier_options
 from megatron_tropd.exports import exports
 from megatron_tropd.guard import RefusedStepError
-from megatron_tropd.guidance import build_requests, max_prefix_length
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.mixture import Mixture
 from megatron_tropd.objectives import Objective, preset
+from megatron_tropd.partial import runs
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts, refuse_unshared
 from megatron_tropd.report import plot_runs
+from megatron_tropd.rollout_source import build_source
 from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import task_advantages
 from megatron_tropd.token_log import TokenLog
-from megatron_tropd.trajectories import Trajectories, TrajectoryQueue
+from megatron_tropd.training_requests import Requests, longest_prefix
+from megatron_tropd.trajectories import Trajectories, TrajectoryQueue, TrajectorySource
 from megatron_tropd.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -61,32 +63,16 @@ def train(config: Config) -> None:
             with_entropies=objective.entropy_share < 1,
         )
 
-        def generate(step: int, batch: int) -> list[Rollout]:
-            learner.gather.finish()
-            requests = build_requests(
-                mixture.of_batch(batch),
-                step=batch,
-                samples_per_prompt=config.rollout.samples_per_prompt,
-                seed=config.training.seed,
-                store=store,
-                max_length=_max_prefix_length(config, step),
-                draw=config.guidance.prefix_draw,
-                min_on_policy_tokens=config.guidance.min_on_policy_tokens,
-                fraction=resolved_fraction(config),
-            )
-            # A response may fill its budget whatever the prefix, so the prompt is what lengths are known to differ by.
-            lengths = [len(request.prompt.tokens) for request in requests]
-            mine = split_for_rank(
-                requests, lengths, rank=run.layout.data_parallel_rank, size=run.layout.data_parallel_size
-            )
-            return engine.generate(mine, max_response_length=config.rollout.max_response_length)
-
-        run_steps(run, learner, generate, mixture, engines)
+        source = build_source(
+            config, run.layout, engine, Requests(config, mixture, store), before_generating=learner.gather.finish
+        )
+        run_steps(run, learner, source, mixture, engines)
 
 
 def _objective(config: Config) -> Objective:
     options = {name: value for name, value in asdict(config.objective_options).items() if value is not None}
-    if config.training.steps_per_rollout > 1 and preset(config.objective, **options).has_policy_gradient:
+    partial = config.rollout.partial_tokens is not None and config.rollout.partial_learn_from == "finished"
+    if (config.training.steps_per_rollout > 1 or partial) and preset(config.objective, **options).has_policy_gradient:
         options = PPO_CLIP | options
     return preset(config.objective, **options)
 
@@ -97,7 +83,7 @@ def sft(config: Config) -> None:
         mixture = _read_prompts(run, samples_per_prompt=1, max_answer_length=config.rollout.max_response_length)
         learner = build_learner(run, preset("sft"), with_teacher=False)
 
-        def answers(_step: int, batch: int) -> list[Rollout]:
+        def answers(_step: int, batch: int) -> Trajectories:
             rollouts = answers_as_rollouts(
                 mixture.of_batch(batch),
                 encode=run.tokenizer.encode,
@@ -105,27 +91,28 @@ def sft(config: Config) -> None:
                 first_sample_id=batch * config.training.global_batch_size,
             )
             lengths = [len(rollout.request.prompt.tokens) + len(rollout.request.prefix) for rollout in rollouts]
-            return split_for_rank(
+            mine = split_for_rank(
                 rollouts, lengths, rank=run.layout.data_parallel_rank, size=run.layout.data_parallel_size
             )
+            return Trajectories(mine, mixture.epochs(batch))
 
-        run_steps(run, learner, answers, mixture, training_engines(run, learner))
+        queue = TrajectoryQueue(answers, config.training.steps_per_rollout, config.training.train_iters)
+        run_steps(run, learner, queue, mixture, training_engines(run, learner))
 
 
-def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: Mixture, engines: Engines) -> None:
+def run_steps(run: Run, learner: Learner, source: TrajectorySource, mixture: Mixture, engines: Engines) -> None:
     """Steps from where the run folder stands to ``training.train_iters``, with evaluations, logs and checkpoints.
 
     After SIGTERM on any rank the step in hand is finished and saved, and the function returns. What follows a refused
     step is ``guard.on_refused``.
     """
     training, layout = run.config.training, run.layout
-    first_step = resume(run, learner)
+    first_step = resume(run, learner, source.restore)
     run.keep_config()
     monitor = run.monitor
     trackers = monitor.open_trackers(run.config, run.folder)
     log = MetricsLog(run.folder, is_main=layout.is_main, first_step=first_step, trackers=trackers)
     learner = replace(learner, observe=_token_log(run))
-    queue = TrajectoryQueue(trajectories, training.steps_per_rollout, training.train_iters)
     evaluator = Evaluator(run, engines, vocab_size=learner.vocab_size, num_prompts=training.eval_samples)
     bar = tqdm(
         total=training.train_iters,
@@ -141,28 +128,29 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
         if training.target_accuracy is not None and metrics.get("accuracy", -1.0) >= training.target_accuracy:
             break
         try:
-            metrics |= _one_step(run, learner, queue, mixture, step)
+            metrics |= _one_step(run, learner, source, mixture, step)
             metrics |= engines.refit_metrics(monitor.phases)
         except RefusedStepError as error:
             metrics["refused_steps"] = _count_refusal(learner, error)
             if run.config.guard.on_refused == "rollback":
                 refused_step, step = step, _roll_back(run, learner, step, error)
-                queue.clear()
+                source.clear()
                 bar.update(step - refused_step)
                 log.close()
                 log = MetricsLog(run.folder, is_main=layout.is_main, first_step=step, trackers=trackers)
                 continue
+            source.refused()
         log.write({"step": step, **metrics})
         shown = [name for name in ("loss", "grad_norm", "outlier_share") if name in metrics]
         bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
         bar.update()
         if run.background is not None:
             run.background.poll()
-        stop = run.should_stop() and queue.is_empty()
+        stop = run.should_stop() and source.can_pause()
         done = step + 1
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
             monitor.phases.begin("save")
-            save(run, learner, done)
+            save(run, learner, done, source.files())
             saved_step = done
             if run.background is not None and (stop or done == training.train_iters):
                 run.background.finish()
@@ -174,7 +162,7 @@ def run_steps(run: Run, learner: Learner, trajectories: Trajectories, mixture: M
             return
         step = done
     if step > saved_step:  # training.target_accuracy is reached between two checkpoints
-        save(run, learner, step)
+        save(run, learner, step, source.files())
         if run.background is not None:
             run.background.finish()
     log.write({"step": step, **_evaluate(run, learner, evaluator)})
@@ -192,21 +180,18 @@ def _evaluate(run: Run, learner: Learner, evaluator: Evaluator) -> dict[str, flo
     return evaluator()
 
 
-def _one_step(run: Run, learner: Learner, queue: TrajectoryQueue, mixture: Mixture, step: int) -> dict[str, float]:
+def _one_step(run: Run, learner: Learner, source: TrajectorySource, mixture: Mixture, step: int) -> dict[str, float]:
     training, layout = run.config.training, run.layout
     started = perf_counter()
     phases = run.monitor.phases
     phases.begin("rollout")
     batch_index = step + learner.guard.batches_ahead
-    rollouts, age = queue.take(step, batch_index)
+    trajectories = source.take(step, batch_index)
+    rollouts = trajectories.rollouts
     phases.begin("batch")
     seconds_rollout = perf_counter() - started
-    learner = replace(
-        learner,
-        objective=learner.objective.at(step / training.train_iters),
-        max_log_prob_gap=None if age else learner.max_log_prob_gap,  # with other weights they differ as they should
-    )
-    objective = learner.objective
+    objective = learner.objective.at(step / training.train_iters)
+    learner = replace(learner, objective=objective)
     selected, extra_metrics = None, {}
     if objective.entropy_share < 1:
         selected, threshold = top_entropy_tokens(rollouts, objective.entropy_share, layout.groups.dp)
@@ -258,9 +243,8 @@ def _one_step(run: Run, learner: Learner, queue: TrajectoryQueue, mixture: Mixtu
         **extra_metrics,
         **rollout_metrics(rollouts, layout),
         "padding_share": padding_share(rollouts, batch, layout),
-        **mixture.epochs(batch_index),
-        "rollout_age": float(age),
-        "max_prefix_length": float(_max_prefix_length(run.config, step)),
+        **trajectories.metrics,
+        "max_prefix_length": float(longest_prefix(run.config, step)),
         "tokens_per_second": metrics["response_tokens"] / seconds,
         "seconds_rollout": seconds_rollout,
     }
@@ -310,13 +294,6 @@ def _token_log(run: Run) -> TokenLog | None:
 def _evaluates(interval: int, step: int) -> bool:
     """Before the first step and every ``interval`` steps; the end of a run is evaluated apart."""
     return bool(interval) and step % interval == 0
-
-
-def _max_prefix_length(config: Config, step: int) -> int:
-    longest = config.guidance.max_prefix_length
-    if longest is None:
-        longest = config.rollout.max_response_length
-    return max_prefix_length(resolved_schedule(config), step, config.training.train_iters, longest)
 
 
 def _read_prompts(
@@ -371,7 +348,9 @@ def _readable(run: Run, rollout: Rollout) -> dict[str, Any]:
         "sample_id": rollout.request.sample_id,
         "prompt": rollout.request.prompt.text,
         "prefix": decode(rollout.request.prefix),
+        **({"earlier": decode(rollout.request.earlier)} if rollout.request.earlier else {}),
         "response": decode(rollout.response),
+        **({"versions": runs(rollout.versions)} if rollout.versions else {}),
         "finished": rollout.finished,
         "answer": rollout.request.prompt.answer,
     }

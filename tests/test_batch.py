@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,33 @@ def test_the_worked_example_of_the_docstring() -> None:
     assert micro_batch.num_loss_terms == 3
     # The draw at t is that of the trajectory's token t + 1: g0 is token 2, r0 token 3, r1 token 4.
     assert torch.equal(micro_batch.uniforms_BS[0, 1:4], uniforms(5, Stream.GATE, 7, torch.tensor([2, 3, 4])))
+
+
+def test_a_continued_sample_carries_loss_on_its_new_tokens_alone() -> None:
+    # The worked example, whose r0 was written in an earlier step: of prefix and r0 nothing is learned again.
+    whole = make_rollout(7, [10, 11], [20], [30, 31])
+    request = replace(whole.request, earlier=(30,))
+    (micro_batch,) = build([replace(whole, request=request, response=(31,), log_probs=(-3.1,))]).micro_batches
+    assert micro_batch.tokens_BS.tolist() == [[10, 11, 20, 30]]
+    assert micro_batch.labels_BS.tolist() == [[0, 0, 0, 31]]
+    assert micro_batch.regions_BS.tolist() == [[0, 0, 0, 2]]
+    assert micro_batch.rollout_log_probs_BS.tolist() == [pytest.approx([0, 0, 0, -3.1])]
+    assert micro_batch.num_loss_terms == 1 and micro_batch.stale_BS is None
+    assert torch.equal(micro_batch.uniforms_BS[0, 3:], uniforms(5, Stream.GATE, 7, torch.tensor([4])))
+    # The teacher's own prompt moves everything by its length.
+    prompt = replace(whole.request.prompt, teacher_tokens=(10, 10, 11))
+    request = replace(request, prompt=prompt)
+    (micro_batch,) = build([replace(whole, request=request, response=(31,), log_probs=(-3.1,))]).micro_batches
+    assert micro_batch.teacher_tokens_BS.tolist() == [[10, 10, 11, 20, 30]]
+    assert micro_batch.teacher_positions_N.tolist() == [4]
+
+
+def test_tokens_of_other_weights_than_the_steps_are_stale() -> None:
+    rollouts = [replace(make_rollout(7, [10], [20], [30, 31, 32]), versions=(1, 2, 3)), make_rollout(8, [10], [], [30])]
+    (micro_batch,) = build(rollouts, step=3).micro_batches
+    assert micro_batch.stale_BS.tolist() == [[False, True, True, False], [False] * 4]
+    (micro_batch,) = build([replace(rollouts[1], versions=(3,))], step=3).micro_batches
+    assert micro_batch.stale_BS is None
 
 
 def test_types() -> None:
@@ -240,6 +268,10 @@ def test_refusals() -> None:
         build([rollout] * 3, micro_batch_size=2)
     with pytest.raises(ValueError, match="5 sequences do not divide over 2 data-parallel ranks"):
         split_for_rank(range(5), [1] * 5, rank=0, size=2)
+    # Uneven: at most three each, the longest first.
+    shares = [split_for_rank(range(5), [9, 1, 1, 1, 1], rank=rank, size=2, even=False) for rank in (0, 1)]
+    assert shares == [[0, 4], [1, 2, 3]]
+    assert split_for_rank([], [], rank=1, size=2, even=False) == []
     with pytest.raises(ValueError, match="prompt 'x' has no reference answer"):
         answers_as_rollouts([Prompt("x", "?", (3,), "")], encode=lambda _: [], eos_id=1, first_sample_id=0)
     with pytest.raises(AssertionError, match="sample 17: one log-prob for each response token"):

@@ -330,12 +330,12 @@ def test_help_documents_every_field_and_nothing_else() -> None:
 
 
 def test_a_prefix_budget_of_zero_is_not_the_default(tmp_path: Path) -> None:
-    from megatron_tropd.trainer import _max_prefix_length
+    from megatron_tropd.training_requests import longest_prefix
 
     config = load_config(write(tmp_path, rollout={"max_response_length": 10}))
-    assert _max_prefix_length(config, 0) == 10
-    assert _max_prefix_length(load_config(tmp_path / "config.yaml", ["--guidance.max_prefix_length=0"]), 0) == 0
-    assert _max_prefix_length(load_config(tmp_path / "config.yaml", ["--guidance.max_prefix_length=4"]), 0) == 4
+    assert longest_prefix(config, 0) == 10
+    assert longest_prefix(load_config(tmp_path / "config.yaml", ["--guidance.max_prefix_length=0"]), 0) == 0
+    assert longest_prefix(load_config(tmp_path / "config.yaml", ["--guidance.max_prefix_length=4"]), 0) == 4
 
 
 def test_a_refusal_is_one_line_and_a_defect_keeps_its_traceback(

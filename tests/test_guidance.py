@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_tropd.answers import AnswerHeader, AnswerStore, AnswerWriter
-from megatron_tropd.guidance import build_requests, max_prefix_length, prefix_length
+from megatron_tropd.guidance import build_requests, expected_length, max_prefix_length, prefix_length
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
+from megatron_tropd.types import RolloutRequest
 
 PROMPTS = [Prompt(name, f"{name}=", (10 + index, 13), "") for index, name in enumerate("ab")]
 ANSWERS: dict[str, list[tuple[int, ...]]] = {"a": [(5, 6, 7, 1)], "b": [(8, 1), (9, 9, 9, 9, 9, 9)]}
@@ -79,18 +81,18 @@ def test_prefix_lengths() -> None:
 
 
 def test_requests_of_a_step(store: AnswerStore) -> None:
-    requests = build_requests(PROMPTS, step=3, samples_per_prompt=2, seed=0, store=store, max_length=3)
-    # Two prompts of two samples: a global batch of 4, so step 3 has the sample ids 12 to 15.
+    requests = build_requests(PROMPTS, first_sample_id=12, samples_per_prompt=2, seed=0, store=store, max_length=3)
+    # Two prompts of two samples: a global batch of 4, so the fourth has the sample ids 12 to 15.
     assert [request.sample_id for request in requests] == [12, 13, 14, 15]
     assert [request.prompt.id for request in requests] == ["a", "a", "b", "b"]
     # a's only answer cut to 3; b's first is two tokens, its end token among them; b's second is cut to 3.
     assert [request.prefix for request in requests] == [(5, 6, 7), (5, 6, 7), (8, 1), (9, 9, 9)]
     capped = build_requests(
-        PROMPTS, step=3, samples_per_prompt=2, seed=0, store=store, max_length=6, min_on_policy_tokens=1
+        PROMPTS, first_sample_id=12, samples_per_prompt=2, seed=0, store=store, max_length=6, min_on_policy_tokens=1
     )
     assert [request.prefix for request in capped] == [(5, 6, 7), (5, 6, 7), (8,), (9,) * 5]
     for options in ({"max_length": 0, "store": store}, {"max_length": 3, "store": None}):
-        plain = build_requests(PROMPTS, step=0, samples_per_prompt=1, seed=0, **options)  # type: ignore[arg-type]
+        plain = build_requests(PROMPTS, first_sample_id=0, samples_per_prompt=1, seed=0, **options)  # type: ignore[arg-type]
         assert [request.prefix for request in plain] == [()] * 2
 
 
@@ -99,7 +101,13 @@ def test_a_fraction_of_the_samples_gets_a_prefix(store: AnswerStore) -> None:
 
     def guided(fraction: float, seed: int = 0) -> set[int]:
         requests = build_requests(
-            PROMPTS, step=1, samples_per_prompt=2000, seed=seed, store=store, max_length=3, fraction=fraction
+            PROMPTS,
+            first_sample_id=4000,
+            samples_per_prompt=2000,
+            seed=seed,
+            store=store,
+            max_length=3,
+            fraction=fraction,
         )
         return {request.sample_id for request in requests if request.prefix}
 
@@ -115,7 +123,7 @@ def test_a_fraction_of_the_samples_gets_a_prefix(store: AnswerStore) -> None:
 def test_uniform_prefix_lengths_are_drawn_for_each_sample(store: AnswerStore) -> None:
     requests = build_requests(
         [PROMPTS[1]],
-        step=0,
+        first_sample_id=0,
         samples_per_prompt=4000,
         seed=0,
         store=store,
@@ -131,5 +139,21 @@ def test_uniform_prefix_lengths_are_drawn_for_each_sample(store: AnswerStore) ->
 def test_a_prompt_the_store_does_not_answer_is_refused(store: AnswerStore) -> None:
     unknown = Prompt("e", "e=", (4,), "")
     with pytest.raises(DataError, match="no teacher answer for prompt 'e'"):
-        build_requests([unknown], step=0, samples_per_prompt=1, seed=0, store=store, max_length=3)
-    assert build_requests([unknown], step=0, samples_per_prompt=1, seed=0, store=store, max_length=0)
+        build_requests([unknown], first_sample_id=0, samples_per_prompt=1, seed=0, store=store, max_length=3)
+    assert build_requests([unknown], first_sample_id=0, samples_per_prompt=1, seed=0, store=store, max_length=0)
+
+
+def test_a_response_is_expected_to_end_where_the_teachers_does(store: AnswerStore) -> None:
+    # Prompt b; its samples 0 and 2 have the teacher's answer 8 1, sample 1 one of six tokens.
+    first, second, third = build_requests([PROMPTS[1]], first_sample_id=6, samples_per_prompt=3, seed=0)
+
+    def expected(request: RolloutRequest, **options: Any) -> int:
+        defaults = {"samples_per_prompt": 3, "max_response_length": 9, "store": store}
+        return expected_length(request, **(defaults | options)) - len(request.prompt.tokens)
+
+    assert [expected(request) for request in (first, second, third)] == [2, 6, 2]
+    assert expected(replace(second, prefix=(9, 9), earlier=(9,))) == 6  # three of the six are left
+    assert expected(replace(second, prefix=(9, 9), earlier=(9,)), max_new_tokens=2) == 3 + 2
+    assert expected(replace(first, earlier=(8, 8))) == 9  # longer than the teacher's: it may go on to the budget
+    assert expected(first, store=None) == 9 and expected(first, store=None, max_new_tokens=4) == 4
+    assert expected(second, max_response_length=5) == 5

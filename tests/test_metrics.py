@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from megatron_tropd.types import MicroBatch
 from tests.ranks import run_ranks
 
 
-def _sums_of_a_small_batch() -> dict[str, float]:
+def _sums_of_a_small_batch() -> list[dict[str, float]]:
     from megatron_tropd.metrics import reduce_sums, step_metrics, token_sums
     from tests import tiny
 
@@ -45,13 +46,18 @@ def _sums_of_a_small_batch() -> dict[str, float]:
         "teacher_entropy": torch.tensor([1.0, 1.0, 1.0, 3.0]),
     }
     losses = torch.tensor([0.5, 1.0, 2.0, 0.5])
-    sums = [token_sums(batch, losses, torch.tensor(4), report)] * 2 if layout.is_last_stage else []
-    return step_metrics(reduce_sums(sums, layout))
+    # The second time the first on-policy token is of earlier weights.
+    stale = replace(batch, stale_BS=torch.tensor([[False, True, True, False, False]]))
+    found = []
+    for one in (batch, stale):
+        sums = [token_sums(one, losses, torch.tensor(4), report)] * 2 if layout.is_last_stage else []
+        found.append(step_metrics(reduce_sums(sums, layout)))
+    return found
 
 
 def test_a_steps_metrics_are_means_over_the_tokens_they_are_about() -> None:
-    found, other = run_ranks(2, _sums_of_a_small_batch)
-    assert found == other  # the first stage has no logits, and the same metrics
+    (found, with_stale), other = run_ranks(2, _sums_of_a_small_batch)
+    assert [found, with_stale] == other  # the first stage has no logits, and the same metrics
     expected = {
         "loss": 4.0 / 4,
         "outlier_share": 1 / 3,
@@ -69,9 +75,13 @@ def test_a_steps_metrics_are_means_over_the_tokens_they_are_about() -> None:
         "response_tokens": 8.0,  # two micro-batches
         "log_prob_gap": (0.5 + 0.0 + 0.25) / 3,
         "log_prob_gap_max": 0.5,
+        "stale_token_share": 0.0,
+        "stale_log_prob_gap": 0.0,
         "clipped_ratio_share": 1 / 3,
     }
     assert found == pytest.approx(expected)
+    expected |= {"log_prob_gap": 0.25 / 2, "log_prob_gap_max": 0.25}
+    assert with_stale == pytest.approx(expected | {"stale_token_share": 1 / 3, "stale_log_prob_gap": 0.5})
 
 
 def test_the_log_drops_steps_that_run_again_and_a_torn_last_line(tmp_path: Path) -> None:

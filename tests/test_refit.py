@@ -77,10 +77,13 @@ def _copy_of(learner: Any, config: ModelConfig, tensor_parallel_size: int) -> An
 
 
 def _rollouts(engine: Any, layout: Any) -> list[list[Rollout]]:
-    """This replica's, of its share of the requests, then of requests that the first replica alone has."""
+    """This replica's, of its share of the requests, then of requests that the first replica alone has; and the first
+    tokens of the rest of its share's, where three are written already."""
     rank, size = layout.data_parallel_rank, layout.data_parallel_size
     shares = [requests()[rank::size], requests(7) if rank == 0 else []]
-    return [engine.generate(share, max_response_length=BUDGET) for share in shares]
+    whole = [engine.generate(share, max_response_length=BUDGET) for share in shares]
+    paused = [replace(one.request, earlier=one.response[:3]) for one in whole[0] if len(one.response) > 3]
+    return [*whole, engine.generate(paused, max_response_length=BUDGET, max_new_tokens=2)]
 
 
 def _train_and_generate(world_size: int) -> list[dict[str, Any]]:

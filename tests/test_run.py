@@ -150,9 +150,12 @@ def test_a_run_killed_in_the_middle_of_a_step_continues_bit_for_bit(tmp_path: Pa
     assert ages == ([0] * 6 if layout else [0, 1] * 3)
     fresh, stale = ([line for age, line in zip(ages, metrics, strict=False) if age == wanted] for wanted in (0, 1))
     assert max(line["log_prob_gap_max"] for line in fresh) < 1e-4
+    assert not any(line["stale_token_share"] for line in fresh)
     assert not any(line["clipped_ratio_share"] for line in fresh)
     if stale:  # the engine sampled with the weights before the last step
-        assert max(line["log_prob_gap"] for line in stale) > 1e-3
+        assert max(line["stale_log_prob_gap"] for line in stale) > 1e-3
+        assert all(line["stale_token_share"] == (line["on_policy_share"] > 0) for line in stale)
+        assert not any(line["log_prob_gap_max"] for line in stale)  # over tokens of these weights: there are none
     _check_falling_back(tmp_path / "killed" / "run", killed, expected)
 
 

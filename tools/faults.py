@@ -157,10 +157,10 @@ def train(config: str, fault: Fault | None) -> None:
 
 def _arm(fault: Fault) -> list[threading.Timer]:
     """Start the timer where the fault's phase begins for the (step + 1)-th time; it is the one in the returned list."""
-    from megatron_tropd import pair, run, step, trainer
+    from megatron_tropd import pair, rollout_source, run, step
 
     owner, name = {
-        "rollout": (trainer, "split_for_rank"),  # just before the engine generates
+        "rollout": (rollout_source, "split_for_rank"),  # just before the engine generates
         "teacher": (pair.StudentTeacherStage, "forward"),
         "backward": (step, "token_sums"),  # the last of a micro-batch's forward
         "optimizer": (step, "_refuse_non_finite"),

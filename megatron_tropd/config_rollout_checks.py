@@ -1,0 +1,84 @@
+"""Whether a configuration's partial rollouts and over-sampling can run. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_tropd.config import Config, num_in_flight
+from megatron_tropd.config_require import require
+
+
+def check_pace(config: Config, data_parallel_size: int) -> None:
+    """What `train` needs of ``rollout.partial_tokens``, ``partial_learn_from`` and ``over_sampling``."""
+    rollout = config.rollout
+    require(
+        rollout.over_sampling >= 1,
+        f"rollout.over_sampling must be at least 1, found {rollout.over_sampling}: it is sequences in flight for each "
+        "that a step learns from",
+    )
+    most = rollout.partial_tokens
+    require(most is None or most >= 1, f"rollout.partial_tokens must be at least 1, found {most}: leave it out for off")
+    require(
+        most is not None or rollout.partial_learn_from == "segments",
+        f"rollout.partial_learn_from={rollout.partial_learn_from} needs rollout.partial_tokens, the most tokens that a "
+        "sample is given in one step",
+    )
+    if most is not None:
+        _check_partial(config)
+    if rollout.over_sampling > 1:
+        _check_over_sampling(config, data_parallel_size)
+
+
+def _check_partial(config: Config) -> None:
+    rollout, training = config.rollout, config.training
+    require(
+        training.steps_per_rollout == 1,
+        f"rollout.partial_tokens continues samples in every step, and training.steps_per_rollout "
+        f"{training.steps_per_rollout} generates in some alone: set it to 1; partial_learn_from=finished with "
+        "over_sampling reuses rollouts too",
+    )
+    require(
+        config.objective != "seq-kd",
+        "objective seq-kd learns from teacher answers alone, so there is nothing to pause: leave out "
+        "rollout.partial_tokens",
+    )
+    require(
+        not config.objective_options.task_reward,
+        "objective_options.task_reward compares the responses to a prompt, which partial rollouts end in different "
+        "steps: leave out the one or rollout.partial_tokens",
+    )
+    require(
+        rollout.over_sampling == 1 or rollout.partial_learn_from == "finished",
+        f"rollout.over_sampling={rollout.over_sampling} with partial_learn_from=segments would drop nothing: a step "
+        "learns from every sample in flight. Raise training.global_batch_size, or use partial_learn_from=finished",
+    )
+
+
+def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
+    rollout, size = config.rollout, config.training.global_batch_size
+    require(
+        config.objective != "seq-kd",
+        "objective seq-kd learns from teacher answers alone, and rollout.over_sampling is about the student's: set it "
+        "to 1",
+    )
+    found = rollout.over_sampling * size
+    if rollout.partial_tokens is not None:
+        require(
+            math.isclose(found, num_in_flight(config)),
+            f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} is no "
+            f"number of sequences: try {math.ceil(found) / size:g}",
+        )
+        return
+    require(
+        rollout.tensor_model_parallel_size is None,
+        f"rollout.over_sampling {rollout.over_sampling} ends a generation early, which an inference copy "
+        f"(rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size}) does not, since it generates for "
+        "several replicas at once: leave out the one, or use rollout.partial_tokens",
+    )
+    unit = math.lcm(data_parallel_size, rollout.samples_per_prompt)
+    require(
+        math.isclose(found, num_in_flight(config)) and num_in_flight(config) % unit == 0,
+        f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} must be a "
+        f"multiple of the data-parallel size {data_parallel_size} and of rollout.samples_per_prompt "
+        f"{rollout.samples_per_prompt}: try {math.ceil(found / unit) * unit / size:g}",
+    )

@@ -1,0 +1,65 @@
+"""Which trajectories `train` learns from: each step's own, the first of a few more, or pieces over several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_tropd.batch import split_for_rank
+from megatron_tropd.config import Config, num_in_flight
+from megatron_tropd.distributed import Layout
+from megatron_tropd.metrics import imbalance, share
+from megatron_tropd.partial import Pace, PartialRollouts
+from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.training_requests import Requests
+from megatron_tropd.trajectories import Trajectories, TrajectoryQueue, TrajectorySource, first_to_end
+
+
+def build_source(
+    config: Config,
+    layout: Layout,
+    engine: RolloutEngine,
+    requests: Requests,
+    *,
+    before_generating: Callable[[], None],
+) -> TrajectorySource:
+    """What ``rollout`` and ``training.steps_per_rollout`` ask for."""
+    rollout, training = config.rollout, config.training
+    if rollout.partial_tokens is not None:
+        pace = Pace(
+            learn_from=rollout.partial_learn_from,
+            max_new_tokens=rollout.partial_tokens,
+            num_learned=training.global_batch_size,
+            num_in_flight=num_in_flight(config),
+            max_response_length=rollout.max_response_length,
+        )
+        return PartialRollouts(engine, layout, pace, requests, before_generating)
+
+    def make(step: int, batch: int) -> Trajectories:
+        before_generating()
+        return _generate_whole(config, layout, engine, requests, step, batch)
+
+    return TrajectoryQueue(make, training.steps_per_rollout, training.train_iters)
+
+
+def _generate_whole(
+    config: Config, layout: Layout, engine: RolloutEngine, requests: Requests, step: int, batch: int
+) -> Trajectories:
+    """This rank's responses from beginning to end: all that it asked for or, with over-sampling, the first to end."""
+    count, rank, size = num_in_flight(config), layout.data_parallel_rank, layout.data_parallel_size
+    asked = requests.begin(batch * count, count, step)
+    mine = split_for_rank(asked, [requests.expected_length(request) for request in asked], rank=rank, size=size)
+    longest, num_learned = config.rollout.max_response_length, config.training.global_batch_size
+    epochs = requests.epochs((batch + 1) * count)
+    if count == num_learned:
+        rollouts = engine.generate(mine, max_response_length=longest)
+        generated = sum(len(rollout.response) for rollout in rollouts)
+        return Trajectories(rollouts, {"rollout_imbalance": imbalance(generated, layout), **epochs})
+    rollouts = engine.generate(mine, max_response_length=longest, enough=num_learned // size)
+    kept = first_to_end(rollouts, num_learned // size, longest)
+    generated = sum(len(rollout.response) for rollout in rollouts)
+    dropped = generated - sum(len(rollout.response) for rollout in kept)
+    metrics = {
+        "rollout_imbalance": imbalance(generated, layout),
+        "dropped_token_share": share(dropped, generated, layout),
+    }
+    return Trajectories(kept, metrics | epochs)
