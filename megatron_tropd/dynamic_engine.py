@@ -23,6 +23,7 @@ from megatron_tropd.rollout_requests import (
     num_given_tokens,
     refuse_what_does_not_fit,
     without_response,
+    written,
 )
 from megatron_tropd.sampling import entropies, sample_tokens
 from megatron_tropd.types import Rollout, RolloutRequest
@@ -97,8 +98,15 @@ class DynamicEngine:
         self.report: DynamicReport | None = None
         """Of the last ``generate`` that had anything to do."""
 
-    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
-        """See ``rollout.RolloutEngine``. A prefix that has its end token or fills the budget gets an empty response.
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_length: int,
+        max_new_tokens: int | None = None,
+        enough: int | None = None,
+    ) -> list[Rollout]:
+        """See ``rollout.RolloutEngine``; all requests run to their ends, however many are ``enough``.
 
         Raises ValueError, before anything runs, where a sequence could outgrow the model or the KV cache, or a prefix
         its budget, and afterwards where the model's logits were not finite. Leaves the model ready to train.
@@ -110,11 +118,12 @@ class DynamicEngine:
         waiting = [
             index
             for index, rollout in enumerate(rollouts)
-            if not rollout.finished and len(rollout.request.prefix) < max_response_length
+            if not rollout.finished and len(written(rollout.request)) < max_response_length
         ]
         if not waiting:
             return rollouts
-        responses = _Responses(self, [requests[index] for index in waiting], max_response_length)
+        most = max_response_length if max_new_tokens is None else max_new_tokens
+        responses = _Responses(self, [requests[index] for index in waiting], max_response_length, most)
         try:
             with whole_sequences(self.model), InferenceMode.active():
                 self.model.eval()
@@ -133,7 +142,7 @@ class DynamicEngine:
         engine = DynamicInferenceEngine(controller, context)
         try:
             for row, request in enumerate(responses.requests):
-                given = [*request.prompt.tokens, *request.prefix]
+                given = [*request.prompt.tokens, *written(request)]
                 limit = SamplingParams(num_tokens_to_generate=responses.limits[row], termination_id=self.eos_id)
                 engine.add_request(row, given, limit)
             while engine.has_unfinished_requests():
@@ -230,10 +239,10 @@ class _Responses:
     Kept on the device, by place in the response: decoding does not wait for them.
     """
 
-    def __init__(self, engine: DynamicEngine, requests: Sequence[RolloutRequest], max_response_length: int):
+    def __init__(self, engine: DynamicEngine, requests: Sequence[RolloutRequest], max_response_length: int, most: int):
         self.engine = engine
         self.requests = requests
-        self.limits = [max_response_length - len(request.prefix) for request in requests]
+        self.limits = [min(most, max_response_length - len(written(request))) for request in requests]
         """Most tokens of each response."""
         self.num_chunks = 0
         device = engine.layout.device

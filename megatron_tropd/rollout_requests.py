@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from megatron_tropd.types import Rollout, RolloutRequest
 
 
+def written(request: RolloutRequest) -> tuple[int, ...]:
+    """What counts against the budget already: the prefix and what was generated earlier."""
+    return request.prefix + request.earlier
+
+
 def num_given_tokens(request: RolloutRequest) -> int:
-    """Tokens the engine starts from: prompt and prefix."""
-    return len(request.prompt.tokens) + len(request.prefix)
+    """Tokens the engine starts from: prompt, prefix, and what was generated earlier."""
+    return len(request.prompt.tokens) + len(written(request))
 
 
 def refuse_what_does_not_fit(
@@ -21,9 +26,9 @@ def refuse_what_does_not_fit(
         prompt = request.prompt
         if not prompt.tokens:
             raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to continue")
-        if len(request.prefix) > max_response_length:
+        if len(written(request)) > max_response_length:
             raise ValueError(
-                f"sample {request.sample_id}: a prefix of {len(request.prefix)} tokens exceeds "
+                f"sample {request.sample_id}: a prefix of {len(written(request))} tokens exceeds "
                 f"max_response_length = {max_response_length}, the budget of prefix + response: "
                 "cut the one or raise the other"
             )
@@ -37,7 +42,7 @@ def refuse_what_does_not_fit(
 
 def without_response(request: RolloutRequest, eos_id: int) -> Rollout:
     """The rollout of a request to which nothing is added."""
-    return Rollout(request, response=(), log_probs=(), finished=request.prefix[-1:] == (eos_id,))
+    return Rollout(request, response=(), log_probs=(), finished=written(request)[-1:] == (eos_id,))
 
 
 def checked_rollout(

@@ -352,10 +352,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
 
 
 def resume(run: Run, learner: Learner, restore: Callable[[Path], None] | None = None) -> int:
-    """Continue from the run folder's newest checkpoint; returns the steps done (0 for a new run).
-
-    ``restore`` is then called with the checkpoint's folder, for what lies beside the tensors.
-    """
+    """Continue from the run folder's newest checkpoint, whose path ``restore`` gets; returns the steps done, or 0."""
     if run.background is not None:
         run.background.finish()
     newest = find_checkpoint(run.checkpoints, fall_back=run.config.training.fall_back, is_main=run.layout.is_main)
@@ -374,10 +371,7 @@ def resume(run: Run, learner: Learner, restore: Callable[[Path], None] | None = 
 
 
 def save(run: Run, learner: Learner, step: int, files: Mapping[str, str]) -> None:
-    """Checkpoint of ``step`` steps done, with ``training.async_save`` only begun; and its export where asked for.
-
-    ``files`` as in ``save_checkpoint``.
-    """
+    """Checkpoint of ``step`` steps done, with ``training.async_save`` only begun; and its export where asked for."""
     training = run.config.training
     save_checkpoint(
         run.checkpoints,

@@ -16,6 +16,7 @@ import torch
 from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
+from megatron_tropd.rollout_requests import num_given_tokens, refuse_what_does_not_fit, without_response, written
 from megatron_tropd.sampling import entropies, sample_tokens
 from megatron_tropd.types import Rollout, RolloutRequest
 
@@ -85,16 +86,14 @@ class StaticEngine:
         Raises ValueError, before anything runs, where a sequence could outgrow the model or what is given its
         budget, and afterwards where the model's logits were not finite. Leaves the model ready to train.
         """
-        for request in requests:
-            self._refuse_what_does_not_fit(request, max_response_length)
-        rollouts = [
-            Rollout(request, response=(), log_probs=(), finished=_written(request)[-1:] == (self.eos_id,))
-            for request in requests
-        ]
+        refuse_what_does_not_fit(
+            requests, max_response_length=max_response_length, max_sequence_length=self.model.max_sequence_length
+        )
+        rollouts = [without_response(request, self.eos_id) for request in requests]
         waiting = [
             index
             for index, rollout in enumerate(rollouts)
-            if not rollout.finished and len(_written(rollout.request)) < max_response_length
+            if not rollout.finished and len(written(rollout.request)) < max_response_length
         ]
         most = max_response_length if max_new_tokens is None else min(max_new_tokens, max_response_length)
         race = None if enough is None else _Race(enough, len(requests) - len(waiting), self.layout.device)
@@ -119,49 +118,32 @@ class StaticEngine:
         It prefills to its shortest member and steps from there, so over a gap wider than the ``most`` tokens that one
         may be given, a batch of its own is the shorter way.
         """
-        shortest_first = sorted(waiting, key=lambda index: _num_given_tokens(requests[index]))
-        lengths = [_num_given_tokens(requests[index]) for index in shortest_first]
+        shortest_first = sorted(waiting, key=lambda index: num_given_tokens(requests[index]))
+        lengths = [num_given_tokens(requests[index]) for index in shortest_first]
         cuts = [place for place in range(1, len(lengths)) if lengths[place] - lengths[place - 1] > most]
         for start, end in pairwise((0, *cuts, len(lengths))):
             yield from batched(shortest_first[start:end], self.max_batch_size)
-
-    def _refuse_what_does_not_fit(self, request: RolloutRequest, max_response_length: int) -> None:
-        prompt = request.prompt
-        if not prompt.tokens:
-            raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to continue")
-        if len(written := _written(request)) > max_response_length:
-            raise ValueError(
-                f"sample {request.sample_id}: a prefix of {len(written)} tokens exceeds "
-                f"max_response_length = {max_response_length}, the budget of prefix + response: "
-                "cut the one or raise the other"
-            )
-        if len(prompt.tokens) + max_response_length > self.model.max_sequence_length:
-            raise ValueError(
-                f"prompt {prompt.id!r} of {len(prompt.tokens)} tokens + max_response_length = "
-                f"{max_response_length} exceeds the model's longest sequence, "
-                f"{self.model.max_sequence_length}: shorten one of them"
-            )
 
     def _generate_batch(
         self, requests: Sequence[RolloutRequest], max_response_length: int, most: int, race: _Race | None
     ) -> list[Rollout]:
         """Generate for requests that all have room for a token; the KV cache lives for this batch only."""
         num_positions = max(
-            min(len(request.prompt.tokens) + max_response_length, _num_given_tokens(request) + most)
+            min(len(request.prompt.tokens) + max_response_length, num_given_tokens(request) + most)
             for request in requests
         )
         context = StaticInferenceContext(max_batch_size=len(requests), max_sequence_length=num_positions)
         context.config.pg_collection = self.layout.groups
         wrapper = GPTInferenceWrapper(self.model, context)
         controller = _Controller(self, wrapper, requests, max_response_length, most, race)
-        longest = max(_num_given_tokens(request) for request in requests)
+        longest = max(num_given_tokens(request) for request in requests)
         sampling_params = SamplingParams(num_tokens_to_generate=num_positions - longest)
         controller.generate_all_output_tokens_static_batch(
             {
                 row: InferenceRequest(
                     request_id=row,
                     prompt="",
-                    prompt_tokens=[*request.prompt.tokens, *_written(request)],
+                    prompt_tokens=[*request.prompt.tokens, *written(request)],
                     sampling_params=sampling_params,
                 )
                 for row, request in enumerate(requests)
@@ -192,7 +174,7 @@ class _Controller(TextGenerationController):
         self.race = race
         device = engine.layout.device
         prompt_lengths_B = torch.tensor([len(request.prompt.tokens) for request in requests], device=device)
-        self.given_B = torch.tensor([_num_given_tokens(request) for request in requests], device=device)
+        self.given_B = torch.tensor([num_given_tokens(request) for request in requests], device=device)
         self.budgets_B = prompt_lengths_B + max_response_length
         """Where each sequence must end, as a position after its last token."""
         self.limits_B = torch.minimum(self.budgets_B, self.given_B + most)
@@ -256,7 +238,7 @@ class _Controller(TextGenerationController):
         ends = self.ends_B.tolist()
         rollouts = []
         for row, request in enumerate(self.requests):
-            given, end = _num_given_tokens(request), ends[row]
+            given, end = num_given_tokens(request), ends[row]
             response, log_probs = tuple(all_tokens[row][given:end]), tuple(all_log_probs[row][given:end])
             if not all(map(math.isfinite, log_probs)):
                 raise ValueError(
@@ -295,13 +277,3 @@ class _Race:
 
 _NEVER = 2**31
 """More tokens than any response has."""
-
-
-def _written(request: RolloutRequest) -> tuple[int, ...]:
-    """What counts against the budget: the prefix and what was generated earlier."""
-    return request.prefix + request.earlier
-
-
-def _num_given_tokens(request: RolloutRequest) -> int:
-    """Tokens the engine starts from: prompt, prefix, and what was generated earlier."""
-    return len(request.prompt.tokens) + len(_written(request))

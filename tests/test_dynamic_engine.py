@@ -91,6 +91,12 @@ def _pairs(model: Any, layout: Any) -> dict[str, tuple[list[Rollout], list[Rollo
         generated = dynamic.generate(what, max_response_length=BUDGET)
         static = _engine(model, layout, "static", **options).generate(what, max_response_length=BUDGET)
         found[name] = static, generated, dynamic.report
+    paused = [replace(one.request, earlier=one.response[:3]) for one in found["ragged"][0] if len(one.response) > 3]
+    static, generated = (
+        _engine(model, layout, kind).generate(paused, max_response_length=BUDGET, max_new_tokens=2)
+        for kind in ("static", "dynamic")
+    )
+    found["paused"] = static, generated, None
     return found
 
 
