@@ -176,8 +176,7 @@ class ObjectiveOptions:
     """Weigh on-policy tokens by min(trainer / engine probability, cap); None: no weights."""
     clip_ratio_low: float | None = None
     """PPO's clip of the trainer / engine probability in terms on the sampled token, below 1 - clip_ratio_low; None: 0.2
-    where tokens are older than the weights (training.steps_per_rollout > 1, rollout.partial_learn_from=finished), else
-    no ratio."""
+    where tokens are older than the weights (steps_per_rollout > 1, partial_learn_from=finished), else no ratio."""
     clip_ratio_high: float | None = None
     """And above 1 + clip_ratio_high; None: 0.28 in the same cases."""
     renormalize: Literal["none", "teacher", "both"] | None = None
@@ -382,11 +381,6 @@ OBJECTIVES = (
     "rkl-exact", "fkl-exact", "jsd-exact", "gkd", "skew-fkl", "skew-rkl", "seq-kd",
 )  # fmt: skip
 """Presets that `train` takes; ``objectives.preset`` defines them."""
-
-
-def num_in_flight(config: Config) -> int:
-    """Sequences that a step of `train` generates for over all ranks."""
-    return round(config.rollout.over_sampling * config.training.global_batch_size)
 
 
 def resolved_fraction(config: Config) -> float:

@@ -61,3 +61,7 @@ class RolloutConfig:
     """Megatron's static batching, or its dynamic batching with a paged KV cache; auto: see docs/rollouts.md."""
     dynamic: DynamicEngineConfig = field(default_factory=DynamicEngineConfig)
     """Options of the dynamic engine."""
+
+    def num_in_flight(self, global_batch_size: int) -> int:
+        """Sequences that a step of `train` generates for over all ranks."""
+        return round(self.over_sampling * global_batch_size)

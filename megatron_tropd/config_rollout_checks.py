@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_tropd.config import Config, num_in_flight
+from megatron_tropd.config import Config
 from megatron_tropd.config_require import require
 
 
@@ -64,7 +64,7 @@ def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
     found = rollout.over_sampling * size
     if rollout.partial_tokens is not None:
         require(
-            math.isclose(found, num_in_flight(config)),
+            math.isclose(found, config.rollout.num_in_flight(config.training.global_batch_size)),
             f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} is no "
             f"number of sequences: try {math.ceil(found) / size:g}",
         )
@@ -82,7 +82,8 @@ def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
     )
     unit = math.lcm(data_parallel_size, rollout.samples_per_prompt)
     require(
-        math.isclose(found, num_in_flight(config)) and num_in_flight(config) % unit == 0,
+        math.isclose(found, config.rollout.num_in_flight(config.training.global_batch_size))
+        and config.rollout.num_in_flight(config.training.global_batch_size) % unit == 0,
         f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} must be a "
         f"multiple of the data-parallel size {data_parallel_size} and of rollout.samples_per_prompt "
         f"{rollout.samples_per_prompt}: try {math.ceil(found / unit) * unit / size:g}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_tropd.batch import split_for_rank
-from megatron_tropd.config import Config, num_in_flight
+from megatron_tropd.config import Config
 from megatron_tropd.distributed import Layout
 from megatron_tropd.metrics import imbalance, share
 from megatron_tropd.partial import Pace, PartialRollouts
@@ -29,7 +29,7 @@ def build_source(
             learn_from=rollout.partial_learn_from,
             max_new_tokens=rollout.partial_tokens,
             num_learned=training.global_batch_size,
-            num_in_flight=num_in_flight(config),
+            num_in_flight=config.rollout.num_in_flight(config.training.global_batch_size),
             max_response_length=rollout.max_response_length,
         )
         return PartialRollouts(engine, layout, pace, requests, before_generating)
@@ -45,7 +45,11 @@ def _generate_whole(
     config: Config, layout: Layout, engine: RolloutEngine, requests: Requests, step: int, batch: int
 ) -> Trajectories:
     """This rank's responses from beginning to end: all that it asked for or, with over-sampling, the first to end."""
-    count, rank, size = num_in_flight(config), layout.data_parallel_rank, layout.data_parallel_size
+    count, rank, size = (
+        config.rollout.num_in_flight(config.training.global_batch_size),
+        layout.data_parallel_rank,
+        layout.data_parallel_size,
+    )
     asked = requests.begin(batch * count, count, step)
     mine = split_for_rank(asked, [requests.expected_length(request) for request in asked], rank=rank, size=size)
     longest, num_learned = config.rollout.max_response_length, config.training.global_batch_size

@@ -351,7 +351,7 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
     )
 
 
-def resume(run: Run, learner: Learner, restore: Callable[[Path], None] | None = None) -> int:
+def resume(run: Run, learner: Learner, restore: Callable[[Path], None]) -> int:
     """Continue from the run folder's newest checkpoint, whose path ``restore`` gets; returns the steps done, or 0."""
     if run.background is not None:
         run.background.finish()
@@ -360,8 +360,7 @@ def resume(run: Run, learner: Learner, restore: Callable[[Path], None] | None = 
         return 0
     allow = run.config.training.allow_config_changes
     step = load_checkpoint(newest, learner, run.describe(0), allow_config_changes=allow)
-    if restore is not None:
-        restore(newest)
+    restore(newest)
     run.monitor.journal.steps_done = step
     if run.layout.is_main:
         logger.info("resumed from %s", newest)

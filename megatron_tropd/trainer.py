@@ -267,7 +267,7 @@ def _roll_back(run: Run, learner: Learner, step: int, error: RefusedStepError) -
     """
     guard = learner.guard
     num_refused, next_batch = guard.num_refused, step + guard.batches_ahead + 1
-    steps_done = resume(run, learner)
+    steps_done = resume(run, learner, lambda _: None)  # paused samples are dropped
     if not steps_done:
         raise RefusedStepError(
             f"{error} There is no checkpoint yet to roll back to: lower training.save_interval, or use "

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
-from megatron_tropd.config import Config, ModelConfig, num_in_flight
+from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes
 from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
 from megatron_tropd.config_model_checks import one_stage
@@ -294,7 +294,10 @@ class _Rank:
         """
         student, rollout, sizes = self.config.student, self.config.rollout, self.generating
         has_copy = rollout.tensor_model_parallel_size is not None
-        rows = min(rollout.max_batch_size, math.ceil(num_in_flight(self.config) / sizes.data))
+        rows = min(
+            rollout.max_batch_size,
+            math.ceil(self.config.rollout.num_in_flight(self.config.training.global_batch_size) / sizes.data),
+        )
         _, keys, _ = head_widths(student)
         layers = student.num_layers if has_copy else stage_layers(student, sizes.pipeline)[self.stage]
         token = layers * 2 * (keys // sizes.tensor) * e

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megatron_tropd.config import Config, ModelConfig, num_in_flight
+from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.planner.hardware import Assumptions, Gpu
 from megatron_tropd.planner.memory import (
@@ -167,7 +167,7 @@ def rollout_seconds(
     """
     rollout, long, e = config.rollout, lengths(config, assumed), element_bytes(config)
     model = one_stage(config.student) if layout.pipeline == 1 else config.student
-    rows_of_replica = num_in_flight(config) / layout.data
+    rows_of_replica = config.rollout.num_in_flight(config.training.global_batch_size) / layout.data
     rows = min(rollout.max_batch_size, rows_of_replica)
     num_batches = math.ceil(rows_of_replica / rows)
     products = gpu.flops * assumed.matrix_efficiency * layout.tensor
