@@ -61,10 +61,10 @@ def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
         "objective seq-kd learns from teacher answers alone, and rollout.over_sampling is about the student's: set it "
         "to 1",
     )
-    found = rollout.over_sampling * size
+    found, in_flight = rollout.over_sampling * size, rollout.num_in_flight(size)
     if rollout.partial_tokens is not None:
         require(
-            math.isclose(found, config.rollout.num_in_flight(config.training.global_batch_size)),
+            math.isclose(found, in_flight),
             f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} is no "
             f"number of sequences: try {math.ceil(found) / size:g}",
         )
@@ -82,8 +82,7 @@ def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
     )
     unit = math.lcm(data_parallel_size, rollout.samples_per_prompt)
     require(
-        math.isclose(found, config.rollout.num_in_flight(config.training.global_batch_size))
-        and config.rollout.num_in_flight(config.training.global_batch_size) % unit == 0,
+        math.isclose(found, in_flight) and in_flight % unit == 0,
         f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} must be a "
         f"multiple of the data-parallel size {data_parallel_size} and of rollout.samples_per_prompt "
         f"{rollout.samples_per_prompt}: try {math.ceil(found / unit) * unit / size:g}",

@@ -45,14 +45,10 @@ def _generate_whole(
     config: Config, layout: Layout, engine: RolloutEngine, requests: Requests, step: int, batch: int
 ) -> Trajectories:
     """This rank's responses from beginning to end: all that it asked for or, with over-sampling, the first to end."""
-    count, rank, size = (
-        config.rollout.num_in_flight(config.training.global_batch_size),
-        layout.data_parallel_rank,
-        layout.data_parallel_size,
-    )
+    longest, num_learned = config.rollout.max_response_length, config.training.global_batch_size
+    count, rank, size = config.rollout.num_in_flight(num_learned), layout.data_parallel_rank, layout.data_parallel_size
     asked = requests.begin(batch * count, count, step)
     mine = split_for_rank(asked, [requests.expected_length(request) for request in asked], rank=rank, size=size)
-    longest, num_learned = config.rollout.max_response_length, config.training.global_batch_size
     epochs = requests.epochs((batch + 1) * count)
     if count == num_learned:
         rollouts = engine.generate(mine, max_response_length=longest)
