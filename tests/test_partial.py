@@ -256,6 +256,14 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
             "1.01 x training.global_batch_size 32 = 32.32 is no number of sequences: try 1.03125",
         ),
         (
+            {"rollout": {"over_sampling": 2.0, "tensor_model_parallel_size": 1}},
+            r"an inference copy \(rollout.tensor_model_parallel_size=1\) does not",
+        ),
+        (
+            {"rollout": {"over_sampling": 2.0, "engine": "dynamic"}},
+            "rollout.engine=dynamic does not: use rollout.engine=static",
+        ),
+        (
             {"rollout": {"over_sampling": 1.1}},
             "= 35.2 must be a multiple of .* rollout.samples_per_prompt 4: try 1.125",
         ),
