@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.distributed import Layout, active, message_group
-from megatron_tropd.pair import loss_position_hidden, output_weight
-from megatron_tropd.types import Batch
+from megatron_tropd.packing import part_of_inputs
+from megatron_tropd.pair import loss_position_hidden, model_inputs, output_weight
+from megatron_tropd.types import Batch, MicroBatch
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -41,13 +42,39 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Global ranks, the same table on every rank."""
+class _Input:
+    """What the teacher reads of one micro-batch."""
 
-    sources: list[list[int]]
-    """By teacher replica: the tensor-parallel ranks of its last stage."""
-    destinations: list[list[int]]
-    """By student replica: the tensor-parallel ranks of its last stage, in order."""
+    tokens_BS: torch.Tensor
+    positions_N: torch.Tensor
+    """In the flattened ``[B * S]``."""
+    packed_lengths: tuple[int, ...] | None
+    """As `MicroBatch.packed_lengths`."""
+
+    def part(self, layout: Layout) -> _Input:
+        """What this context-parallel rank of ``layout`` has of it."""
+        return self._part(layout.context_parallel_rank, layout.context_parallel_size)
+
+    def num_positions(self, layout: Layout) -> list[int]:
+        """N of every part."""
+        size = layout.context_parallel_size
+        return [self._part(rank, size).positions_N.shape[0] for rank in range(size)]
+
+    def _part(self, rank: int, size: int) -> _Input:
+        if size == 1:
+            return self
+        cut = part_of_inputs(self.tokens_BS, self.positions_N, self.packed_lengths, rank=rank, size=size)
+        return _Input(*cut, self.packed_lengths)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Global ranks, the same table on every rank; a part is what one context-parallel rank has of every sequence."""
+
+    sources: dict[tuple[int, int], list[int]]
+    """By teacher replica and part: the tensor-parallel ranks of its last stage."""
+    destinations: dict[tuple[int, int], list[int]]
+    """By student replica and part: the tensor-parallel ranks of its last stage, in order."""
 
 
 class TeacherAhead:
@@ -64,7 +91,7 @@ class TeacherAhead:
         hidden: Literal["device", "host"] = "device",
         offload: bool = False,
     ):
-        """``teacher`` is this rank's slice in ``layout``.
+        """``teacher`` is this rank's slice in ``layout``, of the same context-parallel size as the student's.
 
         ``num_ids`` is the teacher's true vocabulary, ``padded_num_ids`` its size padded for the student's layout.
         ``hidden`` says where hidden states wait for the student's schedule; with ``offload`` the teacher's layers are
@@ -93,7 +120,7 @@ class TeacherAhead:
         jobs = [(replica, index) for replica, inputs in enumerate(everyone) for index in range(len(inputs))]
         shares = _split(len(jobs), self.layout.data_parallel_size)
         mine = shares[self.layout.data_parallel_rank]
-        inputs = [everyone[replica][index] for replica, index in jobs[mine.start : mine.stop]]
+        inputs = [everyone[replica][index].part(self.layout) for replica, index in jobs[mine.start : mine.stop]]
         if self.layout.expert_parallel_size > 1:  # ranks that share experts run as many micro-batches
             inputs += [self._nothing()] * (max(map(len, shares)) - len(inputs))
         found = self._forward(inputs)
@@ -101,11 +128,12 @@ class TeacherAhead:
         for teacher_replica, share in enumerate(shares):
             for job in share:
                 replica, index = jobs[job]
-                num_positions = everyone[replica][index][1].shape[0]
                 rows_NH = found[job - mine.start] if found and job in mine else None
-                share_CH = self._deliver(rows_NH, num_positions, teacher_replica, replica, job)
-                if share_CH is not None:
-                    judged[index] = Judged(self._wait_place(share_CH), num_positions)
+                for part, num_positions in enumerate(everyone[replica][index].num_positions(self.layout)):
+                    places = (teacher_replica, part), (replica, part)
+                    share_CH = self._deliver(rows_NH, num_positions, *places, job)
+                    if share_CH is not None:
+                        judged[index] = Judged(self._wait_place(share_CH), num_positions)
         self.seconds = perf_counter() - started
         return judged
 
@@ -119,21 +147,15 @@ class TeacherAhead:
             share_CH = everyones_NH
         return share_CH[: judged.num_positions]
 
-    def _everyones_inputs(self, batch: Batch) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """By student replica: tokens ``[B, S]`` and positions ``[N]`` of its micro-batches."""
-        mine = [
-            (
-                (one.tokens_BS if one.teacher_tokens_BS is None else one.teacher_tokens_BS).cpu(),
-                (one.loss_positions_N if one.teacher_positions_N is None else one.teacher_positions_N).cpu(),
-            )
-            for one in batch.micro_batches
-        ]
+    def _everyones_inputs(self, batch: Batch) -> list[list[_Input]]:
+        """What the teacher reads, by student replica and micro-batch."""
+        mine = [_input(one) for one in batch.micro_batches]
         found = [mine] * self.student_layout.data_parallel_size
         if len(found) > 1:
             dist.all_gather_object(found, mine, group=self.student_layout.groups.dp)
         return found
 
-    def _forward(self, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    def _forward(self, inputs: Sequence[_Input]) -> list[torch.Tensor]:
         """``[N, H]`` of every input, on the teacher's last stage; elsewhere nothing."""
         if not inputs:
             return []
@@ -145,8 +167,8 @@ class TeacherAhead:
                 data_iterator=iter(inputs),
                 model=[self.teacher],
                 num_microbatches=len(inputs),
-                seq_length=inputs[0][0].shape[1],
-                micro_batch_size=inputs[0][0].shape[0],
+                seq_length=inputs[0].tokens_BS.shape[1],
+                micro_batch_size=inputs[0].tokens_BS.shape[0],
                 forward_only=True,
                 p2p_communicator=P2PCommunicator(self.layout.groups.pp, self.teacher.config),
                 pg_collection=self.layout.groups,
@@ -154,21 +176,26 @@ class TeacherAhead:
         self._put_away()
         return found if self.layout.is_last_stage else []
 
-    def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nothing(self) -> _Input:
         """The least that runs through the layers: a token for each rank that shares a sequence, none that counts."""
         length = self.layout.tensor_parallel_size if self.layout.sequence_parallel else 1
-        return torch.zeros(1, length, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        return _Input(torch.zeros(1, length, dtype=torch.long), torch.zeros(0, dtype=torch.long), None)
 
     def _put_away(self) -> None:
         for weight, host in self._on_host:
             weight.data = host
 
     def _deliver(
-        self, rows_NH: torch.Tensor | None, num_positions: int, teacher_replica: int, replica: int, job: int
+        self,
+        rows_NH: torch.Tensor | None,
+        num_positions: int,
+        teacher_place: tuple[int, int],
+        student_place: tuple[int, int],
+        job: int,
     ) -> torch.Tensor | None:
-        """Send each tensor-parallel rank of the student replica's last stage its rows; returns those for this rank."""
+        """Send each tensor-parallel rank of the student's last stage its rows; returns those for this rank."""
         rank = dist.get_rank()
-        sources, destinations = self._places.sources[teacher_replica], self._places.destinations[replica]
+        sources, destinations = self._places.sources[teacher_place], self._places.destinations[student_place]
         source = sources[job % len(sources)]  # the last stage's ranks all have the rows; they take turns
         num_rows = -(-num_positions // len(destinations))
         operations, kept = [], None
@@ -202,7 +229,7 @@ class TeacherAhead:
         students = self.student_layout
         if self.layout is students:
             return output_weight(self.teacher) if students.is_last_stage else None
-        source = self._places.sources[0][0]
+        source = self._places.sources[0, 0][0]
         whole_VH = self._whole_head(num_ids) if self.layout.data_parallel_rank == 0 else None
         num_rows = padded_num_ids // students.tensor_parallel_size
         kept = None
@@ -229,17 +256,19 @@ class TeacherAhead:
         return torch.cat(parts)[:num_ids]
 
 
-def _forward_step(
-    device: torch.device, inputs: Iterator[tuple[torch.Tensor, torch.Tensor]], teacher: GPTModel
-) -> tuple[torch.Tensor, None]:
-    tokens_BS, positions_N = (tensor.to(device) for tensor in next(inputs))
-    ids_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
+def _input(batch: MicroBatch) -> _Input:
+    """In host memory."""
+    if batch.teacher_tokens_BS is None or batch.teacher_positions_N is None:
+        return _Input(batch.tokens_BS.cpu(), batch.loss_positions_N.cpu(), batch.packed_lengths)
+    return _Input(batch.teacher_tokens_BS.cpu(), batch.teacher_positions_N.cpu(), batch.teacher_packed_lengths)
+
+
+def _forward_step(device: torch.device, inputs: Iterator[_Input], teacher: GPTModel) -> tuple[torch.Tensor, None]:
+    one = next(inputs)
     hidden = teacher(
-        tokens_BS,
-        ids_BS,
-        attention_mask=None,
+        **model_inputs(one.tokens_BS.to(device), one.packed_lengths),
         output_processor=loss_position_hidden,
-        output_processor_context=positions_N,
+        output_processor_context=one.positions_N.to(device),
     )
     return hidden, None  # no loss: Megatron collects what the last stage returns
 
@@ -256,17 +285,20 @@ def _split(count: int, parts: int) -> list[range]:
 
 def _find_places(teacher: Layout, student: Layout) -> _Places:
     mine = [
-        (layout.data_parallel_rank, layout.tensor_parallel_rank) if layout.is_last_stage else None
+        (layout.data_parallel_rank, layout.context_parallel_rank, layout.tensor_parallel_rank)
+        if layout.is_last_stage
+        else None
         for layout in (teacher, student)
     ]
-    everyone: list[list[tuple[int, int] | None]] = [[] for _ in range(dist.get_world_size())]
+    everyone: list[list[tuple[int, int, int] | None]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
 
-    def table(which: int, layout: Layout) -> list[list[int]]:
+    def table(which: int, layout: Layout) -> dict[tuple[int, int], list[int]]:
         found = {places[which]: rank for rank, places in enumerate(everyone)}
-        return [
-            [found[replica, place] for place in range(layout.tensor_parallel_size)]
+        return {
+            (replica, part): [found[replica, part, place] for place in range(layout.tensor_parallel_size)]
             for replica in range(layout.data_parallel_size)
-        ]
+            for part in range(layout.context_parallel_size)
+        }
 
     return _Places(table(0, teacher), table(1, student))

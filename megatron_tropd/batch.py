@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_tropd.draws import Stream, uniforms
+from megatron_tropd.packing import pack
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.types import Batch, MicroBatch, Rollout, RolloutRequest, TokenRegion
 
@@ -37,8 +38,10 @@ def build_batch(
     pad_id: int,
     max_sequence_length: int,
     micro_batch_tokens: int | None = None,
+    sequence_packing: bool = False,
     normalization: Normalization = "tokens",
     pad_to_multiple_of: int = 1,
+    context_parallel_size: int = 1,
     selected: Mapping[int, np.ndarray] | None = None,
     advantages: Mapping[int, float] | None = None,
     source_names: Sequence[str] = (),
@@ -60,6 +63,8 @@ def build_batch(
 
     With ``micro_batch_tokens`` rows are packed by size instead: as many as fit that many positions, padding
     included; a longer row has a micro-batch to itself. Their number then differs from rank to rank.
+    ``sequence_packing`` puts them behind one another in one row instead, in micro-batches of like size. Each is rounded
+    up to two chunks for every context-parallel rank, and their sum by a sequence of padding, with sample id -1.
 
     Prompts of several teachers are in micro-batches of their own, whose number differs from rank to rank too.
 
@@ -76,21 +81,30 @@ def build_batch(
     for rollout in rollouts:
         _refuse_unusable(rollout, max_sequence_length)
     longest_first = sorted(rollouts, key=lambda rollout: (-num_tokens(rollout), rollout.request.sample_id))
+    chunks = 1 if context_parallel_size == 1 else 2 * context_parallel_size
     teachers = sorted({rollout.request.prompt.teacher for rollout in rollouts})
     groups = []
     for teacher in teachers or [""]:
         mine = [rollout for rollout in longest_first if rollout.request.prompt.teacher == teacher]
-        if micro_batch_tokens is not None:
+        if micro_batch_tokens is not None and sequence_packing:
+            groups += _by_sum(mine, micro_batch_tokens, chunks) or [[None]]
+        elif micro_batch_tokens is not None:
             groups += _by_positions(mine, micro_batch_tokens, pad_to_multiple_of) or [[None]]
         else:
             count = num_rows if len(teachers) <= 1 else len(mine) + -len(mine) % micro_batch_size
             rows = [*mine, *[None] * (count - len(mine))]
             groups += [rows[start : start + micro_batch_size] for start in range(0, count, micro_batch_size)]
+    if sequence_packing:
+        groups = [[*group, None] for group in groups]
     names = tuple(source_names)
     micro_batches = tuple(
         _micro_batch(group, step, seed, pad_id, normalization, pad_to_multiple_of, selected, advantages, names, device)
         for group in groups
     )
+    if sequence_packing:
+        micro_batches = tuple(
+            _packed(one, group, pad_to_multiple_of, chunks) for one, group in zip(micro_batches, groups, strict=True)
+        )
     return Batch(micro_batches, step)
 
 
@@ -104,6 +118,44 @@ def _by_positions(rows: Sequence[Rollout], most: int, multiple: int) -> list[lis
             length = _num_positions([row], multiple)
         groups[-1].append(row)
     return groups
+
+
+def _by_sum(rows: Sequence[Rollout], most: int, multiple: int) -> list[list[Rollout | None]]:
+    """As few groups as will do of at most ``most`` positions in sum, alike in size: each row, the longest first, goes
+    to the group with the fewest positions."""
+    lengths = [_num_positions([row], multiple) for row in rows]
+    count = -(-sum(lengths) // most)
+    while True:
+        groups: list[list[Rollout | None]] = [[] for _ in range(count)]
+        sizes = [(0, index) for index in range(count)]
+        for row, length in zip(rows, lengths, strict=True):
+            size, index = sizes[0]
+            if size and size + length > most:
+                break
+            groups[index].append(row)
+            heapq.heapreplace(sizes, (size + length, index))
+        else:
+            return groups
+        count += 1
+
+
+def _packed(micro_batch: MicroBatch, rows: Sequence[Rollout | None], multiple: int, chunks: int) -> MicroBatch:
+    """``micro_batch`` with its sequences behind one another, of the last row, which is padding, what rounds them up."""
+    lengths = [_num_positions([row], chunks) for row in rows[:-1]]
+    if micro_batch.teacher_tokens_BS is None:
+        return pack(micro_batch, _filled(lengths, multiple), None)
+    longer = [0 if row is None else _longer_for_teacher(row.request.prompt) for row in rows[:-1]]
+    seen = [length + more for length, more in zip(lengths, longer, strict=True)]
+    return pack(micro_batch, _filled(lengths, multiple), _filled(seen, multiple))
+
+
+def _filled(lengths: Sequence[int], multiple: int) -> list[int]:
+    return [*lengths, -sum(lengths) % multiple]
+
+
+def _longer_for_teacher(prompt: Prompt) -> int:
+    """Tokens that the teacher's prompt has more, or, below 0, fewer."""
+    return len(prompt.teacher_tokens or prompt.tokens) - len(prompt.tokens)
 
 
 def split_for_rank[Item](
@@ -252,6 +304,7 @@ def _micro_batch(
         weights_BS=torch.from_numpy(weights_BS).to(device),
         padding_BS=torch.from_numpy(padding_BS).to(device),
         loss_positions_N=torch.from_numpy(loss_positions_N).to(device),
+        rows_N=torch.from_numpy(loss_positions_N // num_positions).to(device),
         sample_ids=sample_ids,
         num_tokens=int((~padding_BS).sum()),
         teacher=next((row.request.prompt.teacher for row in rows if row is not None), ""),
@@ -273,7 +326,7 @@ def _teacher_view(
         if row is not None:
             prompt = row.request.prompt
             seen = prompt.teacher_tokens or prompt.tokens
-            offsets[index] = len(seen) - len(prompt.tokens)
+            offsets[index] = _longer_for_teacher(prompt)
             read[index] = [*seen, *row.request.prefix, *row.request.earlier, *row.response][:-1]
     longest = max(1, *map(len, read.values()))
     tokens_BS = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)

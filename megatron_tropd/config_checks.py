@@ -8,6 +8,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_schedule
+from megatron_tropd.config_context import check_context_parallel, context_parallel_size
 from megatron_tropd.config_data_checks import check_data
 from megatron_tropd.config_layout_checks import check_experts, check_interleaved
 from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
@@ -29,6 +30,9 @@ def validate(config: Config, world_size: int, command: str) -> None:
         f"{world_size} processes cannot be split into tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
         f"{pp} = {tp * pp}: start a multiple of {tp * pp} processes (torchrun --nproc-per-node)",
     )
+    cp = context_parallel_size(config, command)
+    ahead = [teacher_sizes(config)] if config.teacher is not None and parallel.teacher_schedule == "ahead" else []
+    check_context_parallel(config, world_size, cp, [(tp, pp), *ahead])
     require(
         parallel.tensor_model_parallel_size > 1 or not parallel.sequence_parallel,
         "parallel.sequence_parallel spreads positions over tensor-parallel ranks, and there is only one: set "
@@ -47,12 +51,12 @@ def validate(config: Config, world_size: int, command: str) -> None:
     _check_profile(config, world_size)
     _check_evaluation(config)
     check_data(config)
-    check_interleaved(config, command, pipeline=pp, data=world_size // (tp * pp))
+    check_interleaved(config, command, pipeline=pp, data=world_size // (tp * pp * cp))
     check_experts(config, world_size, command, student=(tp, pp), teacher=teacher_sizes(config))
     if command in ("train", "sft"):
-        _check_training(config, world_size // (tp * pp), command)
+        _check_training(config, world_size // (tp * pp * cp), command)
     if command == "train":
-        check_pace(config, world_size // (tp * pp))
+        check_pace(config, world_size // (tp * pp * cp))
     if command in ("train", "generate"):
         _check_guidance(config, command)
     if command == "evaluate":
@@ -143,6 +147,7 @@ def problems(config: Config, world_size: int, command: str) -> list[str]:
 
 
 _LOWEST = {
+    "parallel.context_parallel_size": 1,
     "parallel.distributed_timeout_minutes": 0.05,
     "optimizer.lr": 0,
     "optimizer.min_lr": 0,
@@ -304,6 +309,10 @@ def _check_training(config: Config, dp: int, command: str) -> None:
         tokens is None or tokens >= longest,
         f"training.micro_batch_tokens {tokens} is less than the longest sequence, data.max_prompt_length + "
         f"rollout.max_response_length = {longest}: raise the one or lower the others",
+    )
+    require(
+        tokens is not None or not training.sequence_packing,
+        "training.sequence_packing needs training.micro_batch_tokens, the most positions of a micro-batch",
     )
     micro_batch_size = training.micro_batch_size if tokens is None else 1
     rows = micro_batch_size * dp

@@ -18,9 +18,9 @@ from megatron_tropd.redaction import redacted
 _LAYOUT = ("make_vocab_size_divisible_by", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _BOOKKEEPING = (
     "train_iters", "micro_batch_size", "output_head", "head_chunk_size", "recompute", "deterministic", "eval_interval",
-    "eval_samples", "save_interval", "micro_batch_tokens", "async_save", "keep_checkpoints", "keep_every", "fall_back",
-    "allow_config_changes", "max_log_prob_gap", "export_hf", "export_hf_on_save", "log_rollouts", "log_tokens",
-    "log_tokens_interval", "target_accuracy", "allow_legacy_checkpoints",
+    "eval_samples", "save_interval", "micro_batch_tokens", "sequence_packing", "async_save", "keep_checkpoints",
+    "keep_every", "fall_back", "allow_config_changes", "max_log_prob_gap", "export_hf", "export_hf_on_save",
+    "log_rollouts", "log_tokens", "log_tokens_interval", "target_accuracy", "allow_legacy_checkpoints",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
     {

@@ -39,6 +39,9 @@ class Layout:
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
+    """Ranks that share the positions of each sequence in training; to generate, each is a replica of its own."""
     tensor_parallel_rank: int
     tensor_parallel_size: int
     pipeline_rank: int
@@ -82,8 +85,8 @@ class Layout:
 
     @property
     def is_model_replica_leader(self) -> bool:
-        """One rank for each data-parallel replica: first tensor-parallel rank of the last stage."""
-        return self.is_last_stage and self.tensor_parallel_rank == 0
+        """One rank for each data-parallel replica: the first tensor- and context-parallel rank of the last stage."""
+        return self.is_last_stage and self.tensor_parallel_rank == 0 and self.context_parallel_rank == 0
 
     def weight_group(self, *, is_expert: bool) -> dist.ProcessGroup:
         """The ranks that share each weight matrix: experts may be cut over fewer of them than other layers."""
@@ -92,7 +95,7 @@ class Layout:
 
     def replica_group(self, *, is_expert: bool) -> dist.ProcessGroup:
         """The ranks that hold the same part of a weight as this one."""
-        group: dist.ProcessGroup = self.groups.expt_dp if is_expert else self.groups.dp
+        group: dist.ProcessGroup = self.groups.expt_dp if is_expert else self.groups.dp_cp
         return group
 
     def first_expert(self, num_experts: int | None) -> int:
@@ -110,6 +113,7 @@ def initialize(
     virtual_pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
 ) -> Layout:
     """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
 
@@ -139,6 +143,7 @@ def initialize(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             expert_model_parallel_size=expert_model_parallel_size,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
+            context_parallel_size=context_parallel_size,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     seed_everything(seed)
@@ -171,6 +176,8 @@ def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, 
         world_size=dist.get_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -194,7 +201,8 @@ def another_layout(
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
 ) -> Layout:
-    """A second layout over the same ranks, for a model of its own; work on it inside `active`.
+    """A second layout over the same ranks, for a model of its own; work on it inside `active`. Context parallelism is
+    that of ``first``.
 
     Megatron keeps its groups in module globals, so those of ``first`` are put aside while the second are made.
     """
@@ -205,6 +213,7 @@ def another_layout(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             expert_model_parallel_size=expert_model_parallel_size,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
+            context_parallel_size=first.context_parallel_size,
             distributed_timeout_minutes=first.timeout.total_seconds() / 60,
         )
         sequence_parallel = first.sequence_parallel and tensor_model_parallel_size > 1

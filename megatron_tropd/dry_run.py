@@ -231,8 +231,10 @@ def _stage_parameters(model: ModelConfig, sizes: Sizes) -> list[int]:
 
 
 def _sizes(layout: Sizes) -> str:
+    context = f" x context {layout.context}" if layout.context > 1 else ""
     spread = "" if layout.experts is None else f", experts over {layout.experts} of a stage's"
-    return f"{layout.world} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{spread}"
+    sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline}{context} x data {layout.data}"
+    return f"{layout.world} ranks = {sizes}{spread}"
 
 
 def with_vocab_sizes(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> Config:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_tropd.attention import CausalAttention
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.distributed import ON_CPU
 from megatron_tropd.experts import BalancedRouter
@@ -44,6 +45,7 @@ def choose_layer_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     _use_paged_attention(spec, transformer_config)
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
     if config.num_moe_experts is not None:
         # Megatron renames this norm on disk to where TE fuses it in a dense layer; before experts TE keeps it apart.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]

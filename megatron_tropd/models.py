@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from megatron.core.fp8_utils import prepare_model_for_fp8_inference
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnBackend
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -149,6 +149,7 @@ def build_transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size if layout.virtual_pipeline_size > 1 else None,
         expert_model_parallel_size=1 if config.num_moe_experts is None else layout.expert_parallel_size,
@@ -165,12 +166,10 @@ def build_transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        attention_backend=AttnBackend.local if not use_transformer_engine() else AttnBackend.auto,
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron checks it against variable_seq_lengths, experts or not
         gradient_accumulation_fusion=False,
-        masked_softmax_fusion=use_transformer_engine(),  # its kernels come with TE's containers
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
@@ -254,26 +253,35 @@ def _partition_dim(parameter: torch.Tensor) -> int | None:
 
 # ------------------------------------------------------------------------------------------------- inference traces
 
-_SEQUENCE_PARALLEL_SWITCHES = "sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings"
-"""Attributes of Megatron's config and modules that say the sequence is cut over tensor-parallel ranks."""
+_CUT_SEQUENCES: dict[str, Any] = {
+    "sequence_parallel": False,
+    "scatter_to_sequence_parallel": False,
+    "reduce_scatter_embeddings": False,
+    "context_parallel_size": 1,
+    "cp_group": None,
+}
+"""Attributes of Megatron's config and modules by which sequences are cut over tensor- or context-parallel ranks, and
+their values where they are not."""
 
 
 @contextmanager
 def whole_sequences(model: GPTModel) -> Iterator[None]:
-    """Switch sequence parallelism off for the time of generation, whose single positions do not divide over ranks."""
+    """Switch sequence and context parallelism off for the time of generation: single positions do not divide over
+    ranks, and context-parallel ranks each generate for themselves."""
     switched = [
-        (module, name)
+        (module, name, vars(module)[name])
         for module in (model.config, *model.modules())
-        for name in _SEQUENCE_PARALLEL_SWITCHES
-        if getattr(module, name, False)
+        for name in _CUT_SEQUENCES
+        if vars(module).get(name)
     ]
+    model.rotary_pos_emb.forward.cache_clear()  # tables of this rank's positions
     try:
-        for module, name in switched:
-            setattr(module, name, False)
+        for module, name, _ in switched:
+            setattr(module, name, _CUT_SEQUENCES[name])
         yield
     finally:
-        for module, name in switched:
-            setattr(module, name, True)
+        for module, name, value in switched:
+            setattr(module, name, value)
 
 
 def release_inference_state(model: GPTModel) -> None:

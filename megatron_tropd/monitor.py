@@ -44,6 +44,7 @@ class Monitor:
             world_size=layout.world_size,
             tensor_parallel_rank=layout.tensor_parallel_rank,
             pipeline_rank=layout.pipeline_rank,
+            context_parallel_rank=layout.context_parallel_rank,
             data_parallel_rank=layout.data_parallel_rank,
             device=str(layout.device),
         )

@@ -8,16 +8,19 @@ Shape suffixes: ``B`` sequences, ``S`` positions, ``N`` positions that carry los
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.layer_spec import use_transformer_engine
 from megatron_tropd.types import MicroBatch, OutputHeadMode
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, Shape
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -85,16 +88,38 @@ class StudentTeacherStage(torch.nn.Module):
         return output_weight(self.teacher)
 
     def _run_model(self, model: GPTModel, batch: MicroBatch) -> torch.Tensor:
-        positions_BS = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device).expand_as(batch.tokens_BS)
-        # No attention mask: both layer specs are causal by type, and padding follows every token that carries loss.
         return model(
-            batch.tokens_BS,
-            positions_BS,
-            attention_mask=None,
+            **model_inputs(batch.tokens_BS, batch.packed_lengths),
             padding_mask=_routers_padding(model, batch),
             output_processor=_loss_position_logits if self.output_head == "logits" else loss_position_hidden,
             output_processor_context=batch.loss_positions_N,
         )
+
+
+def model_inputs(tokens_BS: torch.Tensor, packed_lengths: Sequence[int] | None) -> dict[str, Any]:
+    """What Megatron's model reads of a micro-batch: `MicroBatch.tokens_BS` and its ``packed_lengths``.
+
+    There are no position ids: RoPE counts the positions of each sequence, those of this context-parallel rank. There is
+    no attention mask: both layer specs are causal by type, and padding follows every token that carries loss.
+    """
+    packed = None if packed_lengths is None else _packed_parameters(packed_lengths, tokens_BS.device)
+    return {"input_ids": tokens_BS, "position_ids": None, "attention_mask": None, "packed_seq_params": packed}
+
+
+def _packed_parameters(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
+    """The boundaries of packed sequences: in host memory, where our attention and Megatron's RoPE read them without
+    waiting for the device, but for TransformerEngine, which wants them there."""
+    boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    if use_transformer_engine():
+        boundaries = boundaries.to(device, non_blocking=True)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _routers_padding(model: GPTModel, batch: MicroBatch) -> torch.Tensor | None:

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch.distributed as dist
+
 from megatron_tropd.config import ConfigError
 from megatron_tropd.config_rollout import RolloutConfig
 from megatron_tropd.distributed import ON_CPU, Layout
@@ -82,7 +84,8 @@ def build_engine(
     }
     if kind == "dynamic":
         return DynamicEngine(model, layout, config.dynamic, **options)
-    return StaticEngine(model, layout, **options)
+    engine = StaticEngine(model, layout, **options)
+    return engine if layout.context_parallel_size == 1 else ContextParallelEngine(engine, layout)
 
 
 def choose_engine(config: RolloutConfig, layout: Layout) -> tuple[str, str]:
@@ -92,8 +95,29 @@ def choose_engine(config: RolloutConfig, layout: Layout) -> tuple[str, str]:
             "rollout.engine=dynamic needs all experts on every rank, for ranks that share them wait for one another: "
             "set rollout.engine=static, or spread no experts over ranks"
         )
+    if config.engine == "dynamic" and layout.context_parallel_size > 1:
+        raise ConfigError(
+            "rollout.engine=dynamic is not offered with parallel.context_parallel_size above 1: set "
+            "rollout.engine=static"
+        )
     if config.engine == "dynamic" and config.dynamic.cuda_graphs and ON_CPU:
         raise ConfigError("rollout.dynamic.cuda_graphs needs a GPU, and there is none: set it to false")
     if config.engine != "auto":
         return config.engine, f"rollout.engine={config.engine}"
     return "static", "the faster one where both were measured"
+
+
+class ContextParallelEngine:
+    """Spreads the requests of a replica over its context-parallel ranks, each of which has the whole model."""
+
+    def __init__(self, engine: RolloutEngine, layout: Layout):
+        self._engine = engine
+        self._layout = layout
+
+    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
+        """See ``RolloutEngine``; the context-parallel ranks of a replica call it with the same requests too."""
+        rank, size = self._layout.context_parallel_rank, self._layout.context_parallel_size
+        mine = self._engine.generate(requests[rank::size], max_response_length=max_response_length)
+        shares: list[list[Rollout]] = [[] for _ in range(size)]
+        dist.all_gather_object(shares, mine, group=self._layout.groups.cp)
+        return [shares[index % size][index // size] for index in range(len(requests))]

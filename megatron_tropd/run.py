@@ -20,6 +20,7 @@ from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
+from megatron_tropd.config_context import context_parallel_size
 from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes, virtual_pipeline_size
 from megatron_tropd.config_parser import config_text
@@ -150,6 +151,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     layout = distributed.initialize(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
+        context_parallel_size=context_parallel_size(config, command),
         seed=config.training.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         sequence_parallel=config.parallel.sequence_parallel and tensor_parallel_size > 1,

@@ -6,6 +6,7 @@ Shape suffixes: ``B`` sequences of a micro-batch, ``N`` positions that carry los
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
 from typing import Literal
@@ -25,7 +26,9 @@ class SampleScores:
     Filled on the last stage, where the loss is; nothing comes back from the device until a step is refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, context_rank: int) -> None:
+        """``context_rank``: this context-parallel rank, which has a part of each sample's positions."""
+        self._context_rank = context_rank
         self._found: list[tuple[tuple[int, ...], dict[Score, torch.Tensor]]] = []
 
     def add(self, batch: MicroBatch, loss_N: torch.Tensor, report: Mapping[str, torch.Tensor]) -> None:
@@ -34,11 +37,10 @@ class SampleScores:
         if batch.stale_BS is not None:
             fresh_N &= ~batch.stale_BS.flatten()[batch.loss_positions_N]
         gap_N = (report["student_log_prob"] - batch.rollout_log_probs_BS.flatten()[batch.loss_positions_N]).abs()
-        rows_N = batch.loss_positions_N // batch.regions_BS.shape[1]
 
         def by_sample(values_N: torch.Tensor) -> torch.Tensor:
             sums_B = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=values_N.device)
-            return sums_B.index_add(0, rows_N, values_N.detach().double())
+            return sums_B.index_add(0, batch.rows_N, values_N.detach().double())
 
         scores: dict[Score, torch.Tensor] = {
             "loss": by_sample(loss_N.abs()),
@@ -61,11 +63,14 @@ class SampleScores:
 
     def _of_all_ranks(self, score: Score) -> dict[int, float]:
         mine = {
-            sample: value
+            (sample, self._context_rank): value
             for samples, scores in self._found
             for sample, value in zip(samples, scores[score].tolist(), strict=True)
             if sample != PADDING_SAMPLE
         }
-        shares: list[dict[int, float]] = [{} for _ in range(dist.get_world_size())]
+        shares: list[dict[tuple[int, int], float]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine)  # tensor-parallel ranks have the same samples with the same bits
-        return dict(chain.from_iterable(share.items() for share in shares))
+        sums: dict[int, float] = defaultdict(float)
+        for (sample, _), value in sorted(dict(chain.from_iterable(share.items() for share in shares)).items()):
+            sums[sample] += value
+        return sums

@@ -29,6 +29,7 @@ from megatron_tropd.lockstep import in_step
 from megatron_tropd.loss_report import LossReport
 from megatron_tropd.metrics import reduce_sums, source_metrics, step_metrics, token_sums
 from megatron_tropd.objectives import Objective
+from megatron_tropd.packing import context_parallel_part
 from megatron_tropd.pair import StudentTeacherStage, build_communicator, output_weight
 from megatron_tropd.phases import Phases
 from megatron_tropd.replicas import ReplicaCheck
@@ -91,9 +92,12 @@ class Learner:
 
     @property
     def sequence_multiple(self) -> int:
-        """What the number of positions of a micro-batch must be a multiple of."""
+        """What the number of positions of a micro-batch must be a multiple of: two chunks for each context-parallel
+        rank, each rank's part divisible over the tensor-parallel ranks where these cut it."""
         layouts = [self.layout] if self.ahead is None else [self.layout, self.ahead.layout]
-        return math.lcm(*(layout.tensor_parallel_size if layout.sequence_parallel else 1 for layout in layouts))
+        cuts = [layout.tensor_parallel_size for layout in layouts if layout.sequence_parallel]
+        parts = self.layout.context_parallel_size
+        return parts * math.lcm(2 if parts > 1 else 1, *cuts)
 
     @property
     def stages(self) -> list[StudentTeacherStage]:
@@ -169,19 +173,21 @@ def forward_backward(learner: Learner, batch: Batch) -> tuple[dict[str, float], 
             stage.teacher.eval()
         chunk.zero_grad_buffer()
     learner.optimizer.zero_grad()
-    scores = SampleScores()
     layout, schedule_config = learner.layout, learner.students[0].config
+    scores = SampleScores(context_rank=layout.context_parallel_rank)
     batch = in_step(batch, layout)
     balance = LoadBalance(learner.students, batch, layout) if schedule_config.moe_aux_loss_coeff else None
     judged = [None] * len(batch.micro_batches) if learner.ahead is None else learner.ahead.judge(batch)
-    first = batch.micro_batches[0]
+    rank, size = layout.context_parallel_rank, layout.context_parallel_size
+    micro_batches = [context_parallel_part(one, rank=rank, size=size) for one in batch.micro_batches]
+    first = micro_batches[0]
     schedule = get_forward_backward_func(layout.pipeline_size, schedule_config.virtual_pipeline_model_parallel_size)
     with learner.gather.behind_forward():
         micro_batch_sums = schedule(
             forward_step_func=partial(_forward_step, learner, scores),
-            data_iterator=[iter(zip(batch.micro_batches, judged, strict=True)) for _ in learner.chunks],
+            data_iterator=[iter(zip(micro_batches, judged, strict=True)) for _ in learner.chunks],
             model=list(learner.chunks),
-            num_microbatches=len(batch.micro_batches),
+            num_microbatches=len(micro_batches),
             seq_length=first.tokens_BS.shape[1],
             micro_batch_size=first.tokens_BS.shape[0],
             forward_only=False,

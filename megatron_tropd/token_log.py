@@ -37,7 +37,7 @@ class TokenLog:
                 self._lines[sample_id] = self._line(self._waiting[sample_id], row, batch, report)
 
     def _line(self, rollout: Rollout, row: int, batch: MicroBatch, report: LossReport) -> dict[str, Any]:
-        mine_N = batch.loss_positions_N // batch.regions_BS.shape[1] == row
+        mine_N = batch.rows_N == row
         positions = batch.loss_positions_N[mine_N]
         ids = batch.labels_BS.flatten()[positions].tolist()
         guided = batch.regions_BS.flatten()[positions] == TokenRegion.GUIDANCE

@@ -69,7 +69,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded sequences, already shifted: position t of ``tokens_BS`` predicts ``labels_BS`` at t.
+    """Padded or packed sequences, already shifted: position t of ``tokens_BS`` predicts ``labels_BS`` at t.
 
     Worked example (prompt p0 p1, prefix g0, response r0 r1, padded to 6; * = no meaning):
 
@@ -102,20 +102,27 @@ class MicroBatch:
     loss_positions_N: torch.Tensor
     """int64: the positions that carry loss (region not NONE) in the flattened ``[B * S]``, ascending. Known when the
     batch is built, so that nothing later waits for the device to learn how many they are."""
+    rows_N: torch.Tensor
+    """int64: which of ``sample_ids`` each of ``loss_positions_N`` belongs to."""
     sample_ids: tuple[int, ...]
-    """The sample of each row; -1 for a row that only pads the micro-batch."""
+    """The sample of each row, or of each packed sequence; -1 for one that only pads the micro-batch."""
     num_tokens: int
     """Positions that are not padding."""
     num_loss_terms: int
     """This micro-batch's share of the global denominator (response positions, or sequences); 0 is allowed."""
     stale_BS: torch.Tensor | None = None
     """bool: on-policy labels that weights of an earlier step sampled; None where there are none."""
+    packed_lengths: tuple[int, ...] | None = None
+    """Positions of each sequence where they stand one behind the other in one row, ``[1, S]``, and do not see each
+    other. None: a row for each."""
     teacher_tokens_BS: torch.Tensor | None = None
     """int64 ids that the teacher reads, ``[B, S']``: its own prompts, then the same prefixes and responses; None:
     ``tokens_BS``."""
     teacher_positions_N: torch.Tensor | None = None
     """int64: where the teacher predicts the labels at ``loss_positions_N``, in the flattened ``[B * S']``; None: at the
     same positions."""
+    teacher_packed_lengths: tuple[int, ...] | None = None
+    """``packed_lengths`` of ``teacher_tokens_BS``."""
     teacher: str = ""
     """Which of several teachers judges it; "" for the one there is, or that prompts without a name take."""
     source_names: tuple[str, ...] = ()

@@ -112,4 +112,4 @@ def kv_cache_bytes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(static_engine, "StaticInferenceContext", Watched)
         engine.generate(requests, max_response_length=max_response_length)
-    return max(allocated) if isinstance(engine, static_engine.StaticEngine) else engine.report.kv_cache_bytes
+    return max(allocated) if dynamic is None else engine.report.kv_cache_bytes

@@ -80,6 +80,47 @@ def test_rows_are_packed_by_positions() -> None:
     assert build([], micro_batch_tokens=10).micro_batches[0].sample_ids == (-1,)
 
 
+def test_packed_sequences_stand_behind_one_another_in_micro_batches_of_like_size() -> None:
+    rollouts = random_rollouts(9)
+    whole = rows_by_sample([build(rollouts)])
+    packed = build(rollouts, micro_batch_tokens=40, sequence_packing=True, pad_to_multiple_of=4).micro_batches
+    found = {}
+    for one in packed:
+        assert one.packed_lengths is not None
+        assert one.tokens_BS.shape == (1, sum(one.packed_lengths)) and one.tokens_BS.numel() % 4 == 0
+        ends = torch.tensor(one.packed_lengths).cumsum(0)
+        for row, (sample, end, length) in enumerate(zip(one.sample_ids, ends, one.packed_lengths, strict=True)):
+            mine = slice(int(end) - length, int(end))
+            fields = {name: values[0, mine].tolist() for name, values in vars(one).items() if name in whole[100]}
+            if sample < 0:
+                assert fields["tokens_BS"] == [PAD] * length and length < 4
+            else:
+                found[sample] = fields
+            positions = one.loss_positions_N[one.rows_N == row]
+            assert positions.tolist() == [p for p in range(mine.start, mine.stop) if one.regions_BS[0, p]]
+    assert found == whole
+    sizes = [one.tokens_BS.numel() for one in packed]
+    needed = sum(len(rows["tokens_BS"]) for rows in whole.values())
+    assert len(sizes) == -(-needed // 40) and max(sizes) <= 40 and max(sizes) - min(sizes) < 16
+    assert sum(one.num_loss_terms for one in packed) == build(rollouts).micro_batches[0].num_loss_terms
+    (nothing,) = build([], micro_batch_tokens=40, sequence_packing=True, pad_to_multiple_of=4).micro_batches
+    assert nothing.packed_lengths == (1, 3) and not nothing.loss_positions_N.numel()
+
+
+def test_packing_a_lone_padding_row_and_the_teachers_own_view() -> None:
+    prompts = [Prompt("0", "", (10, 11), "", teacher_tokens=(12, 13, 10, 11)), Prompt("1", "", (14,), "")]
+    requests = [RolloutRequest(index, prompt, ()) for index, prompt in enumerate(prompts)]
+    rollouts = [Rollout(request, (20, 30), (-1.0, -1.0), finished=True) for request in requests]
+    (one,) = build(rollouts, micro_batch_tokens=16, sequence_packing=True, pad_to_multiple_of=4).micro_batches
+    assert one.tokens_BS.tolist() == [[10, 11, 20, 14, 20, PAD, PAD, PAD]]
+    assert one.packed_lengths == (3, 2, 3)
+    assert one.loss_positions_N.tolist() == [1, 2, 3, 4]
+    assert one.teacher_tokens_BS is not None and one.teacher_positions_N is not None
+    assert one.teacher_tokens_BS.tolist() == [[12, 13, 10, 11, 20, 14, 20, 0]]
+    assert one.teacher_packed_lengths == (5, 2, 1)
+    assert one.teacher_positions_N.tolist() == [3, 4, 5, 6]
+
+
 def test_the_worked_example_of_the_docstring() -> None:
     # types.MicroBatch: prompt p0 p1 = 10 11, prefix g0 = 20, response r0 r1 = 30 31, padded to 6.
     batch = build([make_rollout(7, [10, 11], [20], [30, 31])], pad_to_multiple_of=6)

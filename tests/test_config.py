@@ -165,6 +165,8 @@ def test_what_is_not_a_config_is_refused(tmp_path: Path, text: str) -> None:
 
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+AHEAD_2 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 2}
 AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
 
 
@@ -188,6 +190,34 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
         ({"student": {"num_layers_in_first_pipeline_stage": 1}}, 1, "train", "needs pipeline_model_parallel_size > 1"),
         ({"parallel": {"tensor_model_parallel_size": 0}}, 1, "train", "at least 1, found tensor 0"),
         ({"training": {"micro_batch_tokens": 64}}, 1, "train", "less than the longest sequence"),
+        ({"training": {"sequence_packing": True}}, 1, "train", "sequence_packing needs training.micro_batch_tokens"),
+        ({"parallel": {"context_parallel_size": 0}}, 1, "train", "parallel.context_parallel_size must be at least 1"),
+        (
+            {"parallel": CP2},
+            3,
+            "train",
+            "tensor 1 x pipeline 1 x parallel.context_parallel_size 2 = 2: start a multiple",
+        ),
+        ({"parallel": {**CP2, **AHEAD_2}}, 2, "train", "tensor 2 x pipeline 1 x .* = 4: start a multiple of 4"),
+        (
+            {"parallel": CP2, "teacher": {"num_moe_experts": 4, "moe_ffn_hidden_size": 8}},
+            2,
+            "train",
+            "context_parallel_size 2 is for dense models, and teacher has experts",
+        ),
+        (
+            {"parallel": {**CP2, "teacher_schedule": "ahead"}, "teacher_context": {"system_prompt": "Judge."}},
+            2,
+            "train",
+            "cuts student's and teacher's sequences at the same positions",
+        ),
+        (
+            {"parallel": CP2, "rollout": {"tensor_model_parallel_size": 1}},
+            2,
+            "train",
+            "tensor_model_parallel_size makes an inference copy, and parallel.context_parallel_size 2",
+        ),
+        ({"parallel": CP2, "training": {"log_tokens": 1}}, 2, "train", "leaves each rank a part"),
         ({"parallel": {"sequence_parallel": True}}, 1, "train", "set tensor_model_parallel_size above 1"),
         ({"parallel": {"offload_teacher": True}}, 1, "train", "needs parallel.teacher_schedule=ahead"),
         ({"parallel": AHEAD_3}, 2, "train", "teacher's tensor 3 x pipeline 1 = 3"),

@@ -211,7 +211,7 @@ def _measured_bytes() -> dict[str, int]:
 def test_the_planner_knows_the_bytes_of_interleaved_stages(results: Any) -> None:
     from megatron_tropd.planner import rank_memory
 
-    kinds = rank_memory(_config(), 2, attention="unfused")
+    kinds = rank_memory(_config(), 2, layer_spec="local")
     for rank, predicted in zip(results[1][2], kinds.values(), strict=True):
         for component, found in rank["bytes"].items():
             assert predicted.components()[component] == pytest.approx(found, rel=0.1), component

@@ -12,6 +12,7 @@ LEVELS = [
     {
         "answer_index",
         "config_data",
+        "config_parallel",
         "config_rollout",
         "config_tasks",
         "config_teacher",
@@ -38,7 +39,6 @@ LEVELS = [
     },
     {
         "answers",
-        "batch",
         "config_parser",
         "config_require",
         "cpu",
@@ -50,6 +50,7 @@ LEVELS = [
         "integrity",
         "journal",
         "objectives",
+        "packing",
         "procedural",
         "rollout_requests",
         "sampling",
@@ -61,6 +62,8 @@ LEVELS = [
     },
     {
         "answer_shards",
+        "batch",
+        "config_context",
         "config_data_checks",
         "config_drift",
         "config_layout_checks",
@@ -82,7 +85,7 @@ LEVELS = [
         "task_reward",
         "vocab_parallel",
     },
-    {"experts", "lockstep", "paged_attention"},
+    {"attention", "experts", "lockstep", "paged_attention"},
     {"layer_spec"},
     {"data", "huggingface", "metrics", "models", "pair", "phases", "planner"},
     {"dynamic_engine", "static_engine"},

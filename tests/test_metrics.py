@@ -30,6 +30,7 @@ def _sums_of_a_small_batch() -> list[dict[str, float]]:
         weights_BS=torch.ones(1, 5),
         padding_BS=torch.zeros(1, 5, dtype=torch.bool),
         loss_positions_N=torch.arange(1, 5),
+        rows_N=torch.zeros(4, dtype=torch.int64),
         sample_ids=(0,),
         num_tokens=5,
         num_loss_terms=4,

@@ -80,7 +80,7 @@ def test_activations_are_those_of_korthikanti_et_al(tensor: int, sequence_parall
     def saved(layers: int) -> int:
         return activation_bytes(
             replace(gpt3, num_layers=layers), 0, tensor=tensor, pipeline=1, batch=batch, length=length, element=2,
-            attention="flash", recompute=False, sequence_parallel=sequence_parallel,
+            layer_spec="transformer-engine", recompute=False, sequence_parallel=sequence_parallel,
         )  # fmt: skip
 
     share = 32 / tensor if sequence_parallel else 8 + 24 / tensor

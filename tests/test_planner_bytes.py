@@ -17,6 +17,7 @@ BATCH, PROMPT, RESPONSE = 4, 12, 20
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}, {}),
     "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
+    "cp2": (2, {"context_parallel_size": 2}, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
     "dp2": (2, {}, {}),
     "dp2 fp32": (2, {}, {"precision": "fp32"}),
@@ -53,14 +54,16 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, in
     layout = tiny.start(
         tp=config.parallel.tensor_model_parallel_size,
         pp=config.parallel.pipeline_model_parallel_size,
+        cp=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
     )
     dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
     learner = tiny.build_learner(layout, student=config.student, teacher=config.teacher, dtype=dtype)
     found = measured_bytes.resident_bytes(learner)
-    for component, dynamic in (("kv_cache", None), ("kv_cache of blocks", DYNAMIC)):
+    parts = config.parallel.context_parallel_size  # which generate each a share of the rows, with the static engine
+    for component, dynamic in {"kv_cache": None, "kv_cache of blocks": DYNAMIC if parts == 1 else None}.items():
         found[component] = measured_bytes.kv_cache_bytes(
-            learner, rows=BATCH, prompt_length=PROMPT, max_response_length=RESPONSE, dynamic=dynamic
+            learner, rows=BATCH * parts, prompt_length=PROMPT, max_response_length=RESPONSE, dynamic=dynamic
         )
     if config.training.recompute:
         learner.stage.module.config.recompute_granularity = "full"
@@ -113,22 +116,25 @@ def measured() -> dict[str, list[dict[str, int]]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, int]]]) -> None:
     from megatron_tropd.planner import rank_memory
-    from megatron_tropd.planner.activations import layer_activations
+    from megatron_tropd.planner.activations import layer_activations, norm_activations
 
     world_size, parallel, training = LAYOUTS[name]
     config = _config(parallel, training)
-    kinds = rank_memory(config, world_size, attention="unfused")
+    kinds = rank_memory(config, world_size, layer_spec="local")
     blocks = replace(config, rollout=replace(config.rollout, engine="dynamic"))
-    of_blocks = rank_memory(blocks, world_size, attention="unfused")
+    of_blocks = rank_memory(blocks, world_size, layer_spec="local")
     for stage, (kind, predicted) in enumerate(kinds.items()):
         ranks = [rank for rank in measured[name] if rank["stage"] == stage]
         expected = predicted.components() | {"kv_cache of blocks": of_blocks[kind].kv_cache}
         if config.training.recompute:
-            # Beside the layers' inputs one layer at a time is whole again, which the planner counts as workspace.
-            expected["activations"] += layer_activations(
-                config.student, 1, BATCH, PROMPT + RESPONSE, 2, "unfused", config.student.hidden_size
-            )
-        for component in (*_RESIDENT, "kv_cache", "kv_cache of blocks", "activations"):
+            # Beside the layers' inputs one layer at a time is whole again, which the planner counts as workspace; what
+            # the final norm saved, as `activation_bytes` has it, is gone by then.
+            hidden, tokens = config.student.hidden_size, BATCH * (PROMPT + RESPONSE)
+            expected["activations"] += layer_activations(config.student, 1, 1, tokens, 2, "local", hidden)
+            norm = norm_activations(config.student, hidden, 2, "local")
+            expected["activations"] -= tokens * (norm - 2 * hidden + 16)
+        blocks_of = () if config.parallel.context_parallel_size > 1 else ("kv_cache of blocks",)
+        for component in (*_RESIDENT, "kv_cache", *blocks_of, "activations"):
             # Of data-parallel ranks the fullest counts: the last one's shard of the optimizer ends in padding.
             found = max(rank[component] for rank in ranks)
             assert found > 0, component

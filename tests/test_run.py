@@ -436,6 +436,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ahead": {"tensor_model_parallel_size": 2, "teacher_schedule": "ahead", "teacher_hidden": "host"},
     "packed": {"tensor_model_parallel_size": 2},
     "inference copy": {"pipeline_model_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+    "context, packed in one row": {"context_parallel_size": 2},
     "own layout": {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
@@ -463,7 +465,11 @@ def test_how_the_work_is_spread_changes_nothing(tmp_path: Path, data: Path) -> N
         name: config_file(
             tmp_path / name, data, parallel=parallel,
             rollout={"tensor_model_parallel_size": 2 if name == "inference copy" else None},
-            training={"train_iters": 3, "micro_batch_tokens": 40 if name == "packed" else None},
+            training={
+                "train_iters": 3,
+                "micro_batch_tokens": 40 if "packed" in name else None,
+                "sequence_packing": "one row" in name,
+            },
         )
         for name, parallel in LAYOUTS.items()
     }  # fmt: skip

@@ -18,6 +18,7 @@ from megatron_tropd.hf_mapping import global_expert_name, is_expert
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_tropd.packing import pack
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.step import Learner
 from megatron_tropd.teachers import TeachersAhead
@@ -53,6 +54,7 @@ def start(
     tp: int,
     pp: int,
     vp: int = 1,
+    cp: int = 1,
     ep: int = 1,
     etp: int | None = None,
     seed: int = 7,
@@ -71,6 +73,7 @@ def start(
         virtual_pipeline_model_parallel_size=vp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
+        context_parallel_size=cp,
     )
 
 
@@ -168,13 +171,27 @@ def sequences(num_sequences: int = 8, *, seed: int = 3) -> list[dict[str, np.nda
     return result
 
 
-def batch_for_rank(layout: Layout, rows: list[dict[str, np.ndarray]], *, num_micro_batches: int) -> Batch:
-    """This data-parallel rank's share of ``rows``, cut into micro-batches padded each to its own length."""
+def batch_for_rank(
+    layout: Layout, rows: list[dict[str, np.ndarray]], *, num_micro_batches: int, packed: bool = False
+) -> Batch:
+    """This data-parallel rank's share of ``rows``, cut into micro-batches padded each to its own length, or packed."""
     mine = rows[layout.data_parallel_rank :: layout.data_parallel_size]
     size = len(mine) // num_micro_batches
     groups = [mine[i * size : (i + 1) * size] for i in range(num_micro_batches)]
     multiple = 4 if layout.sequence_parallel else 1  # of every tensor parallel size
-    return Batch(tuple(_micro_batch(group, multiple) for group in groups), step=0)
+    chunks = 1 if layout.context_parallel_size == 1 else 2 * layout.context_parallel_size
+    multiple *= chunks
+    if packed:
+        micro_batches = [_packed(group, multiple, chunks) for group in groups]
+    else:
+        micro_batches = [_micro_batch(group, multiple) for group in groups]
+    return Batch(tuple(micro_batches), step=0)
+
+
+def _packed(rows: list[dict[str, np.ndarray]], multiple: int, chunks: int) -> MicroBatch:
+    nothing = {name: values[:1] * 0 for name, values in rows[0].items()}
+    lengths = [len(row["tokens"]) + -len(row["tokens"]) % chunks for row in rows]
+    return pack(_micro_batch([*rows, nothing], multiple), [*lengths, -sum(lengths) % multiple], None)
 
 
 def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch:
@@ -196,6 +213,7 @@ def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch
         weights_BS=(regions > 0).float(),
         padding_BS=padding,
         loss_positions_N=regions.flatten().nonzero()[:, 0],
+        rows_N=regions.nonzero()[:, 0],
         sample_ids=tuple(range(len(rows))),
         num_tokens=int((~padding).sum()),
         num_loss_terms=int((regions > 0).sum()),

@@ -132,7 +132,9 @@ def compare(config: Config, gpu: Gpu, folder: Path) -> list[Line]:
 
     assumed = Assumptions(mean_length=1.0)  # every prompt and every response fills its budget
     time = step_time(config, 1, gpu, assumed)
-    (memory,) = rank_memory(config, 1, attention="flash" if use_transformer_engine() else "unfused").values()
+    (memory,) = rank_memory(
+        config, 1, layer_spec="transformer-engine" if use_transformer_engine() else "local"
+    ).values()
     tokens = statistics.median(line["response_tokens"] for line in steps)
     return [
         Line("rollout", median("seconds_rollout"), time.rollout, "s"),

@@ -132,7 +132,7 @@ def _on_ranks(
 ) -> None:
     """Start the process groups, convert, and report."""
     from megatron_tropd import distributed
-    from megatron_tropd.config import ParallelConfig
+    from megatron_tropd.config_parallel import ParallelConfig
 
     _check_layout(options, config, distributed.world_size())
     layout = distributed.initialize(
@@ -192,7 +192,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_layout(options: argparse.Namespace, config: Any, world_size: int) -> None:
-    from megatron_tropd.config import Config, DataConfig, ParallelConfig
+    from megatron_tropd.config import Config, DataConfig
+    from megatron_tropd.config_parallel import ParallelConfig
     from megatron_tropd.config_checks import validate
 
     # The checks of a model against a layout are those of a run that only reads it.

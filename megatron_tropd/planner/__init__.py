@@ -1,7 +1,7 @@
 """What a run takes before it runs: parameters, memory and time of each rank, from formulas that a test holds to bytes
 measured on the real trainer. docs/scaling.md explains them."""
 
-from megatron_tropd.planner.activations import Attention, activation_bytes
+from megatron_tropd.planner.activations import LayerSpec, activation_bytes
 from megatron_tropd.planner.memory import (
     RankMemory,
     Sizes,
@@ -16,7 +16,7 @@ from megatron_tropd.planner.memory import (
 from megatron_tropd.planner.parameters import model_parameters, stage_layers, stage_parameters
 
 __all__ = [
-    "Attention",
+    "LayerSpec",
     "RankMemory",
     "Sizes",
     "activation_bytes",

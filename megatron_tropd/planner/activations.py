@@ -11,8 +11,8 @@ from typing import Literal
 from megatron_tropd.config import ModelConfig
 from megatron_tropd.planner.parameters import head_widths, stage_layers
 
-Attention = Literal["flash", "unfused"]
-"""flash: TransformerEngine's layers, no [S, S] matrix; unfused: Megatron's local layers, which keep one per head."""
+LayerSpec = Literal["transformer-engine", "local"]
+"""Whose layers, as `layer_spec` chooses them. Neither keeps an [S, S] matrix."""
 
 
 def activation_bytes(
@@ -21,66 +21,72 @@ def activation_bytes(
     *,
     tensor: int,
     pipeline: int,
+    context: int = 1,
     batch: int,
     length: int,
     element: int,
-    attention: Attention,
+    layer_spec: LayerSpec,
     recompute: bool,
     sequence_parallel: bool = False,
 ) -> int:
-    """What the forward of one micro-batch saves for the backward on a rank of ``stage``.
+    """What the forward of one micro-batch saves for the backward on a rank of ``stage``; ``length`` is that of the
+    rank's part of each sequence, ``context`` the number of parts.
 
     With recomputation the input of each layer alone. The last stage adds the final norm and the choice of the
     positions that carry loss, the first the token ids. Sequence parallelism divides what is as wide as the hidden
     state: a linear layer saves its input cut, and gathers it again in the backward.
 
-    Source: Korthikanti et al. 2022 (arXiv 2205.05198), whose count per layer the flash formula gives where there is no
-    dropout.
+    Source: Korthikanti et al. 2022 (arXiv 2205.05198), whose count per layer that of TransformerEngine gives where
+    there is no dropout.
     """
     tokens, hidden = batch * length, model.hidden_size // (tensor if sequence_parallel else 1)
     layers = stage_layers(model, pipeline)[stage]
-    per_layer = layer_activations(model, tensor, batch, length, element, attention, hidden)
+    per_layer = layer_activations(model, tensor, context, batch * length, element, layer_spec, hidden)
     saved = layers * (tokens * hidden * element if recompute else per_layer)
     if stage == 0:
         saved += tokens * 8
     if stage == pipeline - 1:
         # The norm's output is not saved: only rows of it are read.
-        saved += tokens * (_norm_activations(model, hidden, element, attention) - hidden * element + 16)
+        saved += tokens * (norm_activations(model, hidden, element, layer_spec) - hidden * element + 16)
     return saved
 
 
 def layer_activations(
-    model: ModelConfig, tensor: int, batch: int, length: int, element: int, attention: Attention, hidden: int
+    model: ModelConfig, tensor: int, context: int, tokens: int, element: int, layer_spec: LayerSpec, hidden: int
 ) -> int:
     """Saved by one layer. The input of a linear layer that follows a norm is the norm's output, counted there."""
-    per_token = 2 * _norm_activations(model, hidden, element, attention)
-    per_token += _attention_activations(model, tensor, length, element, attention)
-    per_token += _feed_forward_activations(model, tensor, element)
-    shared = length * length if attention == "unfused" else 0  # the causal mask, one byte, for the whole batch
-    return batch * length * per_token + shared
+    per_token = 2 * norm_activations(model, hidden, element, layer_spec)
+    per_token += _attention_activations(model, tensor, context, element, layer_spec)
+    return tokens * (per_token + _feed_forward_activations(model, tensor, element))
 
 
-def _norm_activations(model: ModelConfig, width: int, element: int, attention: Attention) -> int:
+def norm_activations(model: ModelConfig, width: int, element: int, layer_spec: LayerSpec) -> int:
     """A norm and its output. Local RMSNorm computes in fp32 and keeps the input and the normalised value so."""
-    if attention == "unfused" and model.normalization == "RMSNorm":
+    if layer_spec == "local" and model.normalization == "RMSNorm":
         return (8 + element) * width + 4
     return 2 * element * width + (8 if model.normalization == "LayerNorm" else 4)
 
 
-def _attention_activations(model: ModelConfig, tensor: int, length: int, element: int, attention: Attention) -> int:
+def _attention_activations(model: ModelConfig, tensor: int, context: int, element: int, layer_spec: LayerSpec) -> int:
     queries, keys, _ = (width // tensor for width in head_widths(model))
     heads = model.num_attention_heads // tensor
     groups = (model.num_query_groups or model.num_attention_heads) // tensor
-    if attention == "flash":
+    if layer_spec == "transformer-engine":
         norms = (queries + keys) * element + 4 * (heads + groups) if model.qk_layernorm else 0
         # Queries, keys, values, the result (which is the projection's input), and the softmax's log-sum.
         return (2 * queries + 2 * keys) * element + 4 * heads + norms
     norms = 0
     if model.qk_layernorm:
-        keys_input = (queries + 2 * keys) * 4 if element == 4 else keys * 4  # in fp32 a view of all of QKV
-        norms = 8 * queries + 4 * keys + keys_input + 4 * (heads + groups)
-    # Keys and values are repeated for every query head; probabilities in fp32, and in the weights' type to multiply.
-    return 4 * queries * element + heads * length * (4 + (element if element != 4 else 0)) + norms
+        # In fp32 the keys' norm saves a view of what the values are a view of too.
+        norms = 8 * queries + (4 if element == 4 else 8) * keys + 4 * (heads + groups)
+    if context > 1:
+        if model.qk_layernorm and element == 4:
+            norms += (queries + 2 * keys) * 4  # the view's whole, which without context parallelism the values keep
+        # Queries, the result and again as the projection reads it; keys and values of the whole sequence.
+        return (3 * queries + 2 * keys * context) * element + 4 * heads + norms
+    # Queries and keys, the result and again as the projection reads it, the softmax's log-sum; the values are a view of
+    # the projection's queries, keys and values, which it keeps.
+    return (4 * queries + 3 * keys) * element + 4 * heads + norms
 
 
 def _feed_forward_activations(model: ModelConfig, tensor: int, element: int) -> int:

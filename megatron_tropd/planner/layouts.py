@@ -120,7 +120,7 @@ def _sized(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions, comm
 
 
 def _largest_engine_batch(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -> Plan | None:
-    rows = config.training.global_batch_size // student_layout(config, world_size).data
+    rows = config.training.global_batch_size // student_layout(config, world_size).replicas
     while rows:
         sized = replace(config, rollout=replace(config.rollout, max_batch_size=rows))
         memory = rank_memory(sized, world_size)

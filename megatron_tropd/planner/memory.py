@@ -12,9 +12,10 @@ from functools import partial
 
 from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes
+from megatron_tropd.config_context import context_parallel_size
 from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
 from megatron_tropd.config_model_checks import one_stage
-from megatron_tropd.planner.activations import Attention, activation_bytes, layer_activations, layer_transient
+from megatron_tropd.planner.activations import LayerSpec, activation_bytes, layer_activations, layer_transient
 from megatron_tropd.planner.parameters import (
     head_widths,
     layer_expert_parameters,
@@ -92,30 +93,37 @@ class Sizes:
     data: int
     experts: int | None = field(default=None, compare=False)
     """Ranks of a stage that each layer's experts are cut and spread over; None: the tensor-parallel ones."""
+    context: int = 1
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, which share the optimizer's state and generate each for themselves."""
+        return self.context * self.data
 
 
 def student_layout(config: Config, world_size: int) -> Sizes:
     """The student's layout on ``world_size`` ranks."""
     tensor, pipeline = layout_sizes(config, "train")
     experts = math.prod(expert_sizes(config, "train", tensor))
-    return _sizes(config.student, world_size, tensor, pipeline, experts)
+    return _sizes(config, config.student, world_size, tensor, pipeline, experts)
 
 
 def teacher_layout(config: Config, world_size: int) -> Sizes:
     """The teacher's, which is the student's unless the config gives it its own."""
     tensor, pipeline = teacher_sizes(config)
     experts = math.prod(teacher_expert_sizes(config, "train", tensor))
-    return _sizes(config.teacher or config.student, world_size, tensor, pipeline, experts)
+    return _sizes(config, config.teacher or config.student, world_size, tensor, pipeline, experts)
 
 
-def _sizes(model: ModelConfig, world_size: int, tensor: int, pipeline: int, experts: int) -> Sizes:
+def _sizes(config: Config, model: ModelConfig, world_size: int, tensor: int, pipeline: int, experts: int) -> Sizes:
     spread = experts if model.num_moe_experts is not None else None
-    return Sizes(tensor, pipeline, world_size // (tensor * pipeline), spread)
+    context = context_parallel_size(config, "train")
+    return Sizes(tensor, pipeline, world_size // (tensor * pipeline * context), spread, context)
 
 
 def rollout_layout(config: Config, world_size: int) -> Sizes:
@@ -146,7 +154,9 @@ def element_bytes(config: Config) -> int:
     return 4 if config.training.precision == "fp32" else 2
 
 
-def rank_memory(config: Config, world_size: int, *, attention: Attention = "flash") -> dict[str, RankMemory]:
+def rank_memory(
+    config: Config, world_size: int, *, layer_spec: LayerSpec = "transformer-engine"
+) -> dict[str, RankMemory]:
     """Bytes on a rank of every kind, with all sequences as long as the config allows, by a name such as ``stage 0``.
 
     Kinds differ by the pipeline stage of the student and, where it has a layout of its own, of the teacher. Both
@@ -160,7 +170,7 @@ def rank_memory(config: Config, world_size: int, *, attention: Attention = "flas
         stage, teacher_stage = kind * student.pipeline // num_kinds, kind * teacher.pipeline // num_kinds
         name = f"stage {stage}" + f", teacher {teacher_stage}" * (teacher != student)
         generating = rollout_layout(config, world_size)
-        kinds[name] = _Rank(config, stage, teacher_stage, student, teacher, generating, attention).memory()
+        kinds[name] = _Rank(config, stage, teacher_stage, student, teacher, generating, layer_spec).memory()
     return kinds
 
 
@@ -184,7 +194,7 @@ class _Rank:
     student: Sizes
     teacher: Sizes
     generating: Sizes
-    attention: Attention
+    layer_spec: LayerSpec
 
     @property
     def is_last(self) -> bool:
@@ -206,20 +216,24 @@ class _Rank:
             self.stage,
             tensor=sizes.tensor,
             pipeline=sizes.pipeline,
+            context=sizes.context,
             batch=size,
-            length=self.length,
+            length=_part(self.length, sizes),
             element=e,
-            attention=self.attention,
+            layer_spec=self.layer_spec,
             sequence_parallel=config.parallel.sequence_parallel,
         )
         in_flight = self._in_flight(math.ceil(training.global_batch_size / (size * sizes.data)))
-        workspace = layer_transient(config.student, sizes.tensor, size * self.length, e)
+        positions = size * _part(self.length, sizes)
+        workspace = layer_transient(config.student, sizes.tensor, positions, e)
         if training.recompute:
             cut = sizes.tensor if config.parallel.sequence_parallel else 1
             hidden = config.student.hidden_size // cut
-            workspace += layer_activations(config.student, sizes.tensor, size, self.length, e, self.attention, hidden)
+            workspace += layer_activations(
+                config.student, sizes.tensor, sizes.context, positions, e, self.layer_spec, hidden
+            )
         teacher_weights, teacher_hidden, teacher_pass, teacher_transient = self._teacher_bytes(e)
-        head, logits = _head_bytes(config, sizes.tensor, e) if self.is_last else (0, 0)
+        head, logits = _head_bytes(config, sizes, e) if self.is_last else (0, 0)
         kv_cache, prefill = self._rollout_bytes(e)
         return RankMemory(
             student_weights=weights,
@@ -255,8 +269,8 @@ class _Rank:
         whole = stage_parameters(student, sizes.tensor, sizes.pipeline, spread)[self.stage]
         experts = stage_layers(student, sizes.pipeline)[self.stage] * layer_expert_parameters(student, spread)
         distributed = self.config.optimizer.use_distributed_optimizer
-        dense_bytes = weight_bytes(whole - experts, e, data=sizes.data, distributed=distributed)
-        replicas = sizes.tensor * sizes.data // spread
+        dense_bytes = weight_bytes(whole - experts, e, data=sizes.replicas, distributed=distributed)
+        replicas = sizes.tensor * sizes.replicas // spread
         expert_bytes = weight_bytes(experts, e, data=replicas, distributed=distributed)
         weights, gradients, optimizer = map(sum, zip(dense_bytes, expert_bytes, strict=True))
         return weights, gradients, optimizer
@@ -266,7 +280,8 @@ class _Rank:
         teacher, parallel, training = self.config.teacher, self.config.parallel, self.config.training
         if teacher is None:
             return 0, 0, 0, 0
-        sizes, tokens = self.teacher, micro_batch_rows(self.config) * self.length
+        sizes = self.teacher
+        tokens = micro_batch_rows(self.config) * _part(self.length, sizes)
         weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline, sizes.experts)[self.teacher_stage] * e
         count = 1 + len(self.config.teachers)
         transient = layer_transient(teacher, sizes.tensor, tokens, e)
@@ -274,7 +289,7 @@ class _Rank:
             return weights, tokens * teacher.hidden_size * e * (2 if sizes.pipeline > 1 else 1), 0, transient
         hidden = training.global_batch_size * self.config.rollout.max_response_length * teacher.hidden_size * e
         last = self.teacher_stage == sizes.pipeline - 1
-        teacher_pass = transient + (hidden // sizes.data if last else 0)
+        teacher_pass = transient + (hidden // sizes.replicas if last else 0)
         table = padded_vocabulary(teacher, self.student.tensor) // self.student.tensor * teacher.hidden_size * e
         head = table if self.is_last and sizes != self.student else 0
         if parallel.offload_teacher:
@@ -284,7 +299,7 @@ class _Rank:
     def _waiting(self, hidden: int) -> int:
         if not self.is_last or self.config.parallel.teacher_hidden == "host":
             return 0
-        return hidden // (self.student.data * self.student.tensor)
+        return hidden // (self.student.replicas * self.student.tensor)
 
     def _rollout_bytes(self, e: int) -> tuple[int, int]:
         """(KV cache, prefill): room for the longest sequence in every row of a batch.
@@ -296,7 +311,7 @@ class _Rank:
         has_copy = rollout.tensor_model_parallel_size is not None
         rows = min(
             rollout.max_batch_size,
-            math.ceil(self.config.rollout.num_in_flight(self.config.training.global_batch_size) / sizes.data),
+            math.ceil(self.config.rollout.num_in_flight(self.config.training.global_batch_size) / sizes.replicas),
         )
         _, keys, _ = head_widths(student)
         layers = student.num_layers if has_copy else stage_layers(student, sizes.pipeline)[self.stage]
@@ -314,10 +329,15 @@ class _Rank:
         return cache, prefill
 
 
-def _head_bytes(config: Config, tensor: int, element: int) -> tuple[int, int]:
+def _part(length: int, sizes: Sizes) -> int:
+    """Positions of a sequence on one context-parallel rank: two chunks."""
+    return length if sizes.context == 1 else 2 * math.ceil(length / (2 * sizes.context))
+
+
+def _head_bytes(config: Config, sizes: Sizes, element: int) -> tuple[int, int]:
     """(fused heads, whole logits) of the last stage, one of which is 0."""
     student, teacher, training = config.student, config.teacher, config.training
-    tokens = micro_batch_rows(config) * config.rollout.max_response_length
+    tensor, tokens = sizes.tensor, micro_batch_rows(config) * _part(config.rollout.max_response_length, sizes)
     shard = padded_vocabulary(student, tensor) // tensor
     teacher_shard = padded_vocabulary(teacher, tensor) // tensor if teacher is not None else 0
     teacher_hidden = teacher.hidden_size if teacher is not None else 0

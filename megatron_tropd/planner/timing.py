@@ -132,17 +132,21 @@ def micro_batch_seconds(
     flops = [layers * one_layer for layers in stages]
     flops[-1] += 2 * padded_vocabulary(model, 1) * model.hidden_size * size * long.response
     layers = stages[flops.index(max(flops))]
-    compute = passes * max(flops) / layout.tensor / (gpu.flops * assumed.matrix_efficiency)
-    hidden = tokens * model.hidden_size * element_bytes(config)
+    compute = passes * max(flops) / (layout.tensor * layout.context) / (gpu.flops * assumed.matrix_efficiency)
+    hidden = tokens / layout.context * model.hidden_size * element_bytes(config)
     # Two all-reduces a layer (or, sequence parallel, the same bytes as reduce-scatter and all-gather), and as many in
     # the backward; recomputation runs the forward's once more. The backward of weights alone communicates nothing.
     rounds = {1: 2, 3: 4, 4: 6}[passes]
     reduce = layers * rounds * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
+    link = _link(layout, gpu)
+    # Keys and values: gathered in every forward, their gradients reduce-scattered once.
+    _, keys, _ = head_widths(model)
+    gathered = 2 * tokens * keys / layout.tensor * element_bytes(config) * (layout.context - 1) / layout.context
+    exchange = layers * {1: 1, 3: 2, 4: 3}[passes] * gathered / (link * assumed.network_efficiency)
     send = 0.0
     if layout.pipeline > 1:
-        link = _link(layout, gpu)
         send = (1 if passes == 1 else 2) * hidden / (link * assumed.network_efficiency)
-    return compute + reduce + send
+    return compute + reduce + exchange + send
 
 
 def _link(layout: Sizes, gpu: Gpu) -> float:
@@ -167,7 +171,7 @@ def rollout_seconds(
     """
     rollout, long, e = config.rollout, lengths(config, assumed), element_bytes(config)
     model = one_stage(config.student) if layout.pipeline == 1 else config.student
-    rows_of_replica = config.rollout.num_in_flight(config.training.global_batch_size) / layout.data
+    rows_of_replica = config.rollout.num_in_flight(config.training.global_batch_size) / layout.replicas
     rows = min(rollout.max_batch_size, rows_of_replica)
     num_batches = math.ceil(rows_of_replica / rows)
     products = gpu.flops * assumed.matrix_efficiency * layout.tensor
@@ -189,7 +193,7 @@ def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, 
     parallel, model, e = config.parallel, config.teacher, element_bytes(config)
     if model is None or parallel.teacher_schedule == "shared":
         return 0.0
-    rows = config.training.global_batch_size * lengths(config, assumed).response / student.data
+    rows = config.training.global_batch_size * lengths(config, assumed).response / student.replicas
     hidden = rows * model.hidden_size * e
     link = _link(student, gpu)
     seconds = hidden / (link * assumed.network_efficiency) if teacher != student else 0.0
@@ -206,8 +210,8 @@ def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumption
     e = element_bytes(config)
     count = max(stage_parameters(config.student, layout.tensor, layout.pipeline, layout.experts))
     link = _link(layout, gpu)
-    moved = (layout.data - 1) / layout.data * count * (4 + e)
-    shards = layout.data if config.optimizer.use_distributed_optimizer else 1
+    moved = (layout.replicas - 1) / layout.replicas * count * (4 + e)
+    shards = layout.replicas if config.optimizer.use_distributed_optimizer else 1
     # Gradient and three fp32 values read, three and the weight written.
     touched = count / shards * (4 + 12 + 12 + e)
     on_host = config.optimizer.optimizer_offload_fraction if config.optimizer.optimizer_cpu_offload else 0.0
