@@ -40,6 +40,11 @@ def check_context_parallel(config: Config, world_size: int, cp: int, layouts: Se
         f"rollout.tensor_model_parallel_size makes an inference copy, and parallel.context_parallel_size {cp} lets "
         "every rank of a sequence generate with the trainer's weights: leave one of them out",
     )
+    require(
+        config.rollout.over_sampling == 1 and config.rollout.partial_tokens is None,
+        f"rollout.over_sampling and rollout.partial_tokens choose among all samples of a replica, which "
+        f"parallel.context_parallel_size {cp} spreads over its ranks: set one of them off",
+    )
     context = config.teacher_context
     require(
         context.prompt_template is None and context.system_prompt is None,

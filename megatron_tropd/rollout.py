@@ -114,10 +114,20 @@ class ContextParallelEngine:
         self._engine = engine
         self._layout = layout
 
-    def generate(self, requests: Sequence[RolloutRequest], *, max_response_length: int) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_length: int,
+        max_new_tokens: int | None = None,
+        enough: int | None = None,
+    ) -> list[Rollout]:
         """See ``RolloutEngine``; the context-parallel ranks of a replica call it with the same requests too."""
+        assert enough is None, "over-sampling decides over all requests of a replica: refused with the config"
         rank, size = self._layout.context_parallel_rank, self._layout.context_parallel_size
-        mine = self._engine.generate(requests[rank::size], max_response_length=max_response_length)
+        mine = self._engine.generate(
+            requests[rank::size], max_response_length=max_response_length, max_new_tokens=max_new_tokens
+        )
         shares: list[list[Rollout]] = [[] for _ in range(size)]
         dist.all_gather_object(shares, mine, group=self._layout.groups.cp)
         return [shares[index % size][index // size] for index in range(len(requests))]

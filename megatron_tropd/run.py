@@ -20,7 +20,6 @@ from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
-from megatron_tropd.config_context import context_parallel_size
 from megatron_tropd.config_drift import snapshot
 from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes, virtual_pipeline_size
 from megatron_tropd.config_parser import config_text
@@ -94,10 +93,9 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights: fp32 on the CPU, bf16 on GPUs, unless the config says otherwise."""
-        precision = self.config.training.precision
-        if precision == "auto":
-            return torch.float32 if ON_CPU else torch.bfloat16
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        auto = torch.float32 if ON_CPU else torch.bfloat16
+        types = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}
+        return types[self.config.training.precision]
 
     def should_stop(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on every rank."""
@@ -151,7 +149,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     layout = distributed.initialize(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
-        context_parallel_size=context_parallel_size(config, command),
+        context_parallel_size=config.parallel.context_parallel_size if command in ("train", "sft") else 1,
         seed=config.training.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         sequence_parallel=config.parallel.sequence_parallel and tensor_parallel_size > 1,

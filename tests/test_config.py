@@ -217,6 +217,7 @@ AHEAD_3 = {"teacher_schedule": "ahead", "teacher_tensor_model_parallel_size": 3}
             "train",
             "tensor_model_parallel_size makes an inference copy, and parallel.context_parallel_size 2",
         ),
+        ({"parallel": CP2, "rollout": {"over_sampling": 2.0}}, 2, "train", "choose among all samples of a replica"),
         ({"parallel": CP2, "training": {"log_tokens": 1}}, 2, "train", "leaves each rank a part"),
         ({"parallel": {"sequence_parallel": True}}, 1, "train", "set tensor_model_parallel_size above 1"),
         ({"parallel": {"offload_teacher": True}}, 1, "train", "needs parallel.teacher_schedule=ahead"),

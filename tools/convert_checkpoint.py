@@ -193,8 +193,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_layout(options: argparse.Namespace, config: Any, world_size: int) -> None:
     from megatron_tropd.config import Config, DataConfig
-    from megatron_tropd.config_parallel import ParallelConfig
     from megatron_tropd.config_checks import validate
+    from megatron_tropd.config_parallel import ParallelConfig
 
     # The checks of a model against a layout are those of a run that only reads it.
     data, parallel = DataConfig(train="", validation=""), ParallelConfig(options.tp, options.pp)
