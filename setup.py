@@ -52,6 +52,7 @@ setup(
             "math-verify",
             "mypy",
             "nltk",
+            "peft",
             "pyarrow",
             "pytest",
             "pytest-timeout",

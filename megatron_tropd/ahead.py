@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.distributed import Layout, active, message_group
+from megatron_tropd.lora import adapters_off
 from megatron_tropd.packing import part_of_inputs
 from megatron_tropd.pair import loss_position_hidden, model_inputs, output_weight
 from megatron_tropd.types import Batch, MicroBatch
@@ -91,7 +92,8 @@ class TeacherAhead:
         hidden: Literal["device", "host"] = "device",
         offload: bool = False,
     ):
-        """``teacher`` is this rank's slice in ``layout``, of the same context-parallel size as the student's.
+        """``teacher`` is this rank's slice in ``layout``, of the student's context-parallel size: a model of its
+        own, or the student, whose adapters are off for the time of a pass.
 
         ``num_ids`` is the teacher's true vocabulary, ``padded_num_ids`` its size padded for the student's layout.
         ``hidden`` says where hidden states wait for the student's schedule; with ``offload`` the teacher's layers are
@@ -161,7 +163,7 @@ class TeacherAhead:
             return []
         for weight, host in self._on_host:
             weight.data = host.to(self.layout.device, non_blocking=True)
-        with active(self.layout), torch.no_grad():
+        with active(self.layout), torch.no_grad(), adapters_off(self.teacher):
             found: list[torch.Tensor] = get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, self.layout.device),
                 data_iterator=iter(inputs),

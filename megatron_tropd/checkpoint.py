@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_tropd.config import ModelConfig, architecture
 from megatron_tropd.config_drift import DriftError, check_drift
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.integrity import CheckpointError, require_space, seal, verify, write_durably
+from megatron_tropd.lora import is_adapter, load_trained_state, trained_state
 from megatron_tropd.models import chunks_of
 from megatron_tropd.optimization import OPTIMIZER_FORMAT, load_optimizer_state, padding_counted
 from megatron_tropd.step import Learner
@@ -59,6 +60,9 @@ class Description:
     config: dict[str, Any] = field(default_factory=dict)
     """The run's whole config and the hashes of its input files (``config_drift.snapshot``); empty where no run wrote
     it."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Where the checkpoint holds LoRA adapters alone: ``LoraConfig.shape``, and the ``base`` they were trained on with
+    its ``base_fingerprint`` (``weights.describe_base``). Empty: the whole model."""
 
 
 def save_checkpoint(
@@ -146,7 +150,7 @@ def load_checkpoint(path: Path, learner: Learner, expected: Description, *, allo
         _show_drift(path, found, expected, allow=allow_config_changes, is_main=learner.layout.is_main)
     state = dist_checkpointing.load(_training_state(learner, is_loading=True), str(path))
     for name, student in _named(learner.students).items():
-        student.load_state_dict(state[name])
+        load_trained_state(student, state[name])
     load_optimizer_state(learner.optimizer, state["optimizer"])
     learner.scheduler.num_steps = 0  # loading counts on from where it is, which after a rollback is another step
     learner.scheduler.load_state_dict(state["scheduler"])
@@ -194,14 +198,22 @@ def _checked(path: Path, config: ModelConfig, *, vocab_size: int, tokenizer: str
     on_main(lambda: verify(path), dist.get_rank() == 0)
     found = read_description(path)
     expected = Description(found.step, found.seed, vocab_size, tokenizer, architecture(config))
+    if found.adapter:
+        raise CheckpointError(
+            f"{path} holds LoRA adapters alone: load them with their base (weights.load_weights_of), or export them "
+            "merged (tools/convert_checkpoint.py megatron-to-hf) and load that folder"
+        )
     check_same(path, found, expected)
     return path
 
 
 def weights_dtype(path: Path) -> torch.dtype:
-    """The type of the weights in the checkpoint folder ``path``."""
+    """The type of the weights, or of the adapters, in the checkpoint folder ``path``."""
     tensors = dist_checkpointing.load_tensors_metadata(str(path))
-    return tensors["embedding.word_embeddings.weight"].dtype
+    wanted = "embedding.word_embeddings.weight"
+    if wanted not in tensors:
+        wanted = next(name for name in tensors if is_adapter(name) and not name.startswith("optimizer."))
+    return tensors[wanted].dtype
 
 
 def find_checkpoint(folder: Path, *, fall_back: bool, is_main: bool) -> Path | None:
@@ -299,8 +311,30 @@ def check_same(path: Path, found: Description, expected: Description) -> None:
         differences.append("tokenizer: the checkpoint was trained with another tokenizer (fingerprints differ)")
     if found.seed != expected.seed:
         differences.append(f"training.seed: the checkpoint has {found.seed}, this run {expected.seed}")
+    differences += _adapter_differences(found.adapter, expected.adapter)
     if differences:
         raise CheckpointError(f"the checkpoint {path} does not fit this run: " + "; ".join(differences))
+
+
+def _adapter_differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
+    if bool(found) != bool(expected):
+        yield (
+            f"it holds LoRA adapters of rank {found['rank']} alone, and this run trains whole weights: set lora.rank"
+            if found
+            else "it holds whole weights, and this run trains LoRA adapters: set lora.rank=0, or start in another "
+            "output_dir with student.load set to it"
+        )
+        return
+    for name in ("rank", "alpha", "target_modules") if found else ():
+        if found[name] != expected[name]:
+            yield f"lora.{name}: the checkpoint has {found[name]!r}, this run {expected[name]!r}"
+    known = "base_fingerprint" in found and "base_fingerprint" in expected
+    if known and found["base_fingerprint"] != expected["base_fingerprint"]:
+        yield (
+            f"its adapters were trained on other weights (of {found['base']}, fingerprint "
+            f"{found['base_fingerprint'][:16]}) than those now in {expected['base']} "
+            f"({expected['base_fingerprint'][:16]}): set student.load to the weights of then, in the same precision"
+        )
 
 
 def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
@@ -308,12 +342,12 @@ def _training_state(learner: Learner, *, is_loading: bool) -> ShardedStateDict:
     # The optimizer rewrites entries of the dict it is given on some paths, so it gets its own.
     with padding_counted(learner.optimizer):
         optimizer = learner.optimizer.sharded_state_dict(
-            {name: student.sharded_state_dict() for name, student in students.items()},
+            {name: trained_state(student) for name, student in students.items()},
             is_loading=is_loading,
             metadata=OPTIMIZER_FORMAT,
         )
     return {
-        **{name: student.sharded_state_dict() for name, student in students.items()},
+        **{name: trained_state(student) for name, student in students.items()},
         "optimizer": optimizer,
         "scheduler": learner.scheduler.state_dict(),
         "guard": learner.guard.state_dict(),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from megatron_tropd.config_data import DataConfig, TokenizerConfig
+from megatron_tropd.config_lora import LoraConfig
 from megatron_tropd.config_parallel import ParallelConfig
 from megatron_tropd.config_rollout import RolloutConfig
 from megatron_tropd.config_tasks import EvaluationConfig, TasksConfig
@@ -278,6 +279,8 @@ class Config:
     """Run folder: config, metrics, checkpoints, plots. Starting again with the same folder resumes."""
     teacher: ModelConfig | None = None
     """The frozen model that judges; required by `train` and `generate`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of the student's weights."""
     teachers: dict[str, str] = field(default_factory=dict)
     """More teachers by name: folders of weights, as in teacher.load, of teacher's architecture and tokenizer. A prompt
     whose line says "teacher": NAME is judged by that one, the others by `teacher`. Needs
@@ -312,16 +315,9 @@ class Config:
 
 
 _WEIGHTLESS_FIELDS = (
-    "load",
-    "moe_aux_loss_coeff",
-    "vocab_size",
-    "init_method_std",
-    "make_vocab_size_divisible_by",
-    "fp8",
-    "fp8_recipe",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-)
+    "load", "moe_aux_loss_coeff", "vocab_size", "init_method_std", "make_vocab_size_divisible_by", "fp8", "fp8_recipe",
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+)  # fmt: skip
 """Fields of ModelConfig that say where weights come from or how they are spread, not what the model is; the vocabulary
 is compared on its own, with its true size."""
 

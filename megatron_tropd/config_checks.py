@@ -11,6 +11,7 @@ from megatron_tropd.config import OBJECTIVES, Config, ModelConfig, resolved_sche
 from megatron_tropd.config_context import check_context_parallel, context_parallel_size
 from megatron_tropd.config_data_checks import check_data
 from megatron_tropd.config_layout_checks import check_experts, check_interleaved
+from megatron_tropd.config_lora_checks import check_lora
 from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
 from megatron_tropd.config_require import collecting, require
 from megatron_tropd.config_rollout_checks import check_pace
@@ -53,6 +54,7 @@ def validate(config: Config, world_size: int, command: str) -> None:
     check_data(config)
     check_interleaved(config, command, pipeline=pp, data=world_size // (tp * pp * cp))
     check_experts(config, world_size, command, student=(tp, pp), teacher=teacher_sizes(config))
+    check_lora(config, command)
     if command in ("train", "sft"):
         _check_training(config, world_size // (tp * pp * cp), command)
     if command == "train":
@@ -154,6 +156,7 @@ _LOWEST = {
     "optimizer.lr_warmup_iters": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_grad": 0,
+    "lora.rank": 0,
     "tasks.level": 0,
     "tasks.seed": 0,
     "tasks.num_train": 1,

@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         "evaluation",
         "guidance.answers_per_shard",
         "monitoring",
+        "lora.export",
         "data.validation",
         "rollout.max_batch_size",
         "rollout.tensor_model_parallel_size",
@@ -126,6 +127,8 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
             heads = model["num_attention_heads"]
             derived = {"num_query_groups": heads, "kv_channels": model["hidden_size"] // heads}
             result[name] = model | {key: model[key] or value for key, value in derived.items()}
+    if result.get("lora", {}).get("base_is_teacher"):
+        result["teacher"] = None  # it is the student, whose weights may lie elsewhere
     return result
 
 

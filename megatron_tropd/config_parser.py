@@ -6,7 +6,7 @@ import difflib
 import types
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -70,6 +70,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     config = Config(**{field.name: sections[field.name] for field in fields(Config) if field.name in sections})
     _refuse_null(config, "", str(path))
+    if config.lora.base_is_teacher and config.teacher is None:
+        config = replace(config, teacher=config.student)
     return config
 
 

@@ -27,6 +27,7 @@ from megatron_tropd.planner import (
     model_parameters,
     rank_memory,
     rollout_layout,
+    stage_adapter_parameters,
     stage_parameters,
     student_layout,
     teacher_layout,
@@ -159,7 +160,10 @@ def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: F
             path = resolve(folder)
             description = read_description(path)
             seed, fingerprint = description.seed, tokenizer.fingerprint
-            check_same(path, description, Description(description.step, seed, size, fingerprint, architecture(model)))
+            expected = Description(description.step, seed, size, fingerprint, architecture(model))
+            check_same(path, replace(description, adapter={}), expected)
+            if base := description.adapter.get("base"):
+                _check_weights(name, replace(model, load=base), tokenizer, found, allow_legacy=allow_legacy)
             return
         check_architecture(folder, model, vocab_size=size)
         check_tokenizer(tokenizer, folder, size)
@@ -181,6 +185,7 @@ def _check_resume(config: Config, tokenizer: Tokenizer, found: Findings) -> None
             vocab_size=vocab_size(config.student, tokenizer),
             tokenizer=tokenizer.fingerprint,
             architecture=architecture(config.student),
+            adapter=config.lora.shape(),
         )
         check_same(newest, description, expected)
         found.warnings.append(f"{config.output_dir} holds a run: it continues after step {description.step}")
@@ -214,6 +219,7 @@ def describe(config: Config, world_size: int) -> str:
             for name, model, sizes in (("student", config.student, layout), ("teacher", config.teacher, own))
             if model is not None
         ),
+        *_adapters(config, layout),
         f"step       {training.global_batch_size} sequences = "
         f"{training.global_batch_size // rollout.samples_per_prompt} prompts x {rollout.samples_per_prompt} rollouts; "
         f"at most {training.global_batch_size * length:,} tokens ({length:,} each)",
@@ -228,6 +234,19 @@ def describe(config: Config, world_size: int) -> str:
 
 def _stage_parameters(model: ModelConfig, sizes: Sizes) -> list[int]:
     return stage_parameters(model, sizes.tensor, sizes.pipeline, sizes.experts)
+
+
+def _adapters(config: Config, layout: Sizes) -> list[str]:
+    if not config.lora.rank:
+        return []
+    counts = stage_adapter_parameters(config.student, config.lora, layout.tensor, layout.pipeline)
+    whole = sum(stage_adapter_parameters(config.student, config.lora, 1, 1))
+    teacher = "; the teacher is the base" if config.lora.base_is_teacher else ""
+    return [
+        f"adapters   {whole / 1e6:.1f} M parameters of rank {config.lora.rank}; on a rank of each stage "
+        + ", ".join(f"{count / 1e6:.1f} M" for count in counts)
+        + teacher
+    ]
 
 
 def _sizes(layout: Sizes) -> str:

@@ -79,6 +79,7 @@ def training_engines(run: Run, learner: Learner) -> Engines:
         max_sequence_length=run.max_sequence_length,
         dtype=run.dtype,
         check_interval=config.rollout.refit_check_interval,
+        lora=config.lora if config.lora.rank else None,
     )
     # Every optimizer step counts one, and a checkpoint brings its own number back.
     return Engines(student, run.layout, copy=copy, version=lambda: int(learner.scheduler.num_steps))

@@ -12,6 +12,7 @@ from megatron_tropd.config import Config, ConfigError
 from megatron_tropd.distributed import Layout, from_main
 from megatron_tropd.hf_config import HuggingFaceError, config_values, is_huggingface, read_config
 from megatron_tropd.hf_export import export_huggingface
+from megatron_tropd.hf_peft import export_peft
 from megatron_tropd.writing import on_main
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ def export_student(
     if from_main(out.exists()):
         return
     reference = export_reference(config, vocab_size=vocab_size)
-    transfer = export_huggingface(model, layout, config.student, out, reference, vocab_size=vocab_size)
+    if config.lora.rank and config.lora.export == "peft":
+        load = config.student.load
+        base = str(Path(load).absolute()) if load is not None and is_huggingface(Path(load)) else None
+        transfer = export_peft(model, layout, config.student, config.lora, out, base=base)
+    else:
+        transfer = export_huggingface(model, layout, config.student, out, reference, vocab_size=vocab_size)
     if layout.is_main:
         logger.info("%s: %d tensors, %.1f MB", out, transfer.num_tensors, transfer.num_bytes / 1e6)
 

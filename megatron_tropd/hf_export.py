@@ -24,6 +24,7 @@ from megatron_tropd.hf_config import CONFIG, HuggingFaceError, config_values, re
 from megatron_tropd.hf_files import CARRIED_FILES, listed, plan_shards, require_room, write_index, write_shard
 from megatron_tropd.hf_mapping import OUTPUT, Mapping, is_expert, mappings, source_shapes, unpack
 from megatron_tropd.huggingface import Transfer, all_shapes, mapping_of, refused_together
+from megatron_tropd.lora import is_adapter, merger
 from megatron_tropd.models import chunks_of
 
 Load = Callable[[str], torch.Tensor]
@@ -47,7 +48,7 @@ def export_huggingface(
     load: Load | None = None,
 ) -> Transfer:
     """Write ``model``, or the chunks of a rank in a ``ModuleList``, as a Hugging Face folder in the model's dtype:
-    safetensors shards, index, config, tokenizer.
+    safetensors shards, index, config, tokenizer. Adapters are added to the weights.
 
     ``reference_folder`` is of the same family: what config.json says beyond the architecture, the generation config and
     the tokenizer come from there. Padded vocabulary rows are cut off. With ``load`` the ``model`` needs no weights,
@@ -77,8 +78,9 @@ def export_huggingface(
             tqdm.write(f"{temporary}: {len(written)} of {len(shards)} shards are there already")
         with refused_together(f"{temporary} could not be written"):
             owned = _missing(model, layout, config, shards, written)
+            read = _reader(model, load)
             _write_own_shards(
-                owned, load, layout, config, temporary, shards, written, vocab_size=vocab_size, progress=progress
+                owned, read, layout, config, temporary, shards, written, vocab_size=vocab_size, progress=progress
             )
         with refused_together(f"{temporary} could not be written"):
             if layout.is_main:
@@ -120,7 +122,7 @@ def _missing(
 
 def _write_own_shards(
     owned: list[Owned],
-    load: Load | None,
+    read: Callable[[Owned], torch.Tensor],
     layout: Layout,
     config: ModelConfig,
     folder: Path,
@@ -139,8 +141,7 @@ def _write_own_shards(
     not_finite: list[str] = []
     failure: OSError | HuggingFaceError | None = None
     for each in tqdm(owned, desc="writing", unit="tensor", disable=not (progress and layout.is_main)):
-        own = load(each.name) if load is not None else each.parameter.data
-        for name, tensor in _gather(each.mapping, own, layout, config, vocab_size=vocab_size).items():
+        for name, tensor in _gather(each.mapping, read(each), layout, config, vocab_size=vocab_size).items():
             if not tensor.isfinite().all():
                 not_finite.append(name)
             if failure is not None or not_finite:
@@ -196,6 +197,12 @@ class Owned:
     parameter: torch.nn.Parameter
 
 
+def _reader(model: torch.nn.Module, load: Load | None) -> Callable[[Owned], torch.Tensor]:
+    """What to write of a parameter: by ``load``, or its own values with the adapter, if any, added."""
+    merged = merger(model)
+    return lambda each: merged(each.parameter) if load is None else load(each.name)
+
+
 def _owned_parameters(model: torch.nn.Module, layout: Layout, config: ModelConfig) -> list[Owned]:
     """What this rank helps to write, in checkpoint order: one and the same on those that share a parameter.
 
@@ -205,6 +212,8 @@ def _owned_parameters(model: torch.nn.Module, layout: Layout, config: ModelConfi
     order = {name: index for index, name in enumerate(by_name)}
     owned = []
     for chunk, name, parameter in ((one, *named) for one in chunks_of(model) for named in one.named_parameters()):
+        if is_adapter(name):
+            continue
         mapping = mapping_of(chunk, name, layout, config, by_name)
         replicas = layout.replica_group(is_expert=is_expert(mapping.megatron))
         is_tied_output = mapping.megatron == OUTPUT.megatron and mapping.sources != OUTPUT.sources

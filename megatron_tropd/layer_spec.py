@@ -18,8 +18,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -27,11 +28,19 @@ logger = logging.getLogger(__name__)
 
 
 def choose_layer_spec(
-    config: ModelConfig, transformer_config: TransformerConfig, pipeline_rank: int, vp_stage: int | None = None
+    config: ModelConfig,
+    transformer_config: TransformerConfig,
+    pipeline_rank: int,
+    vp_stage: int | None = None,
+    *,
+    megatron_linears: bool = False,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of this pipeline stage, or of its chunk ``vp_stage``; says in the log which kind they are."""
+    """The layers of this pipeline stage, or of its chunk ``vp_stage``; says in the log which kind they are.
+
+    ``megatron_linears``: Megatron's own linear layers among TransformerEngine's norms and attention.
+    """
     if use_transformer_engine():
-        logger.info("layer spec: transformer-engine")
+        logger.info("layer spec: transformer-engine%s", ", Megatron's linear layers" if megatron_linears else "")
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.num_moe_experts is not None,
@@ -39,6 +48,8 @@ def choose_layer_spec(
         )
         _use_paged_attention(spec, transformer_config)
         _balance_experts(spec, config)
+        if megatron_linears:
+            _replace_linears(spec.submodules, is_dense=config.num_moe_experts is None)
         return spec
     logger.info("layer spec: local (transformer-engine is not usable here)")
     spec = get_gpt_layer_local_spec(
@@ -68,6 +79,22 @@ def _balance_experts(spec: ModuleSpec, config: ModelConfig) -> None:
     """Give the layer's experts the router that has a load-balancing loss, where it has a coefficient."""
     if config.moe_aux_loss_coeff:
         spec.submodules.mlp.keywords["submodules"].router = BalancedRouter
+
+
+def _replace_linears(layer: Any, *, is_dense: bool) -> None:
+    """TransformerEngine's norm + linear in one, and its row-parallel linear, by a norm and Megatron's linear layers."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    attention = layer.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj = ColumnParallelLinear, RowParallelLinear
+    layer.input_layernorm = TENorm
+    on_disk = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if is_dense:
+        mlp = get_submodules(layer.mlp)
+        mlp.linear_fc1, mlp.linear_fc2 = ColumnParallelLinear, RowParallelLinear
+        layer.pre_mlp_layernorm = TENorm
+        on_disk["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    layer.sharded_state_dict_keys_map = on_disk
 
 
 def use_transformer_engine() -> bool:

@@ -43,18 +43,22 @@ def build_model(
     seed: int | None,
     recompute: bool = False,
     chunk: int = 0,
+    megatron_linears: bool = False,
 ) -> GPTModel:
     """This rank's slice of a model with freshly initialised weights; of several chunks, the one of that number.
 
     ``vocab_size`` is the true size, before padding; ``max_sequence_length`` in tokens; ``recompute`` trades the memory
-    of activations for a second forward. The weights are a function of ``seed`` and the parameter's name alone, so
-    every parallel layout starts from the same model; with None they are left for a checkpoint to fill.
+    of activations for a second forward; ``megatron_linears``: Megatron's own linear layers and a norm before them, also
+    where TransformerEngine has the two in one. The weights are a function of ``seed`` and the parameter's name alone,
+    so every parallel layout starts from the same model; with None they are left for a checkpoint to fill.
     """
     transformer_config = build_transformer_config(config, layout, dtype=dtype, recompute=recompute)
     vp_stage = chunk if layout.virtual_pipeline_size > 1 else None
     model = GPTModel(
         config=transformer_config,
-        transformer_layer_spec=choose_layer_spec(config, transformer_config, layout.pipeline_rank, vp_stage),
+        transformer_layer_spec=choose_layer_spec(
+            config, transformer_config, layout.pipeline_rank, vp_stage, megatron_linears=megatron_linears
+        ),
         vocab_size=padded_vocab_size(
             vocab_size,
             divisible_by=config.make_vocab_size_divisible_by,
@@ -220,17 +224,22 @@ def tensor_cut(model: GPTModel, name: str, parameter: torch.Tensor) -> tuple[int
 
     None: every rank has the whole. A gated projection is two blocks (gate, up), each cut on its own.
     """
-    glu = model.config.gated_linear_unit and name.endswith("linear_fc1.weight")
-    return _partition_dim(parameter), 2 if glu else 1
+    glu = model.config.gated_linear_unit and name.endswith(("linear_fc1.weight", "linear_fc1.adapter.lora_B"))
+    return partition_dim(parameter), 2 if glu else 1
+
+
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """The generator of one parameter's initial values, by its name over the whole model."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _draw_whole(
     name: str, parameter: torch.nn.Parameter, group: dist.ProcessGroup, *, vocab_size: int, seed: int
 ) -> torch.Tensor:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = keyed_generator(seed, name)
     shape = list(parameter.shape)
-    if (dim := _partition_dim(parameter)) is not None:
+    if (dim := partition_dim(parameter)) is not None:
         shape[dim] *= group.size()
     if "embedding" not in name and "output_layer" not in name:
         return torch.randn(shape, generator=generator)
@@ -246,7 +255,7 @@ def _shard(whole: torch.Tensor, group: dist.ProcessGroup, dim: int | None, num_b
     return torch.cat([block.chunk(size, dim=dim)[rank] for block in whole.chunk(num_blocks, dim=dim)], dim=dim)
 
 
-def _partition_dim(parameter: torch.Tensor) -> int | None:
+def partition_dim(parameter: torch.Tensor) -> int | None:
     """The dimension that Megatron cuts over tensor-parallel ranks; None for a replicated parameter."""
     return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.layer_spec import use_transformer_engine
+from megatron_tropd.lora import adapters_off
 from megatron_tropd.types import MicroBatch, OutputHeadMode
 
 # isort: split
@@ -36,19 +37,27 @@ class StudentTeacherStage(torch.nn.Module):
     config, embedding and output layer, and nothing of the teacher's.
     """
 
-    def __init__(self, student: GPTModel, teacher: GPTModel | None, *, output_head: OutputHeadMode = "fused"):
+    def __init__(
+        self,
+        student: GPTModel,
+        teacher: GPTModel | None,
+        *,
+        output_head: OutputHeadMode = "fused",
+        base_is_teacher: bool = False,
+    ):
+        """``base_is_teacher``: the teacher is the student with its adapters off, in the place of ``teacher``."""
         super().__init__()
         self.module = student
         self.teacher = teacher
         self.output_head = output_head
+        self.base_is_teacher = base_is_teacher
+        self._received_SBH: torch.Tensor | None = None
         self.teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
         """Take the previous stage's hidden states, the teacher's riding on the student's; None at the first stage."""
         (received_SBH,) = input_tensor
-        self.module.set_input_tensor(received_SBH)
-        if self.teacher is not None:
-            self.teacher.set_input_tensor(getattr(received_SBH, TEACHER_HIDDEN, None))
+        self._received_SBH = received_SBH
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run both slices on one micro-batch.
@@ -58,19 +67,28 @@ class StudentTeacherStage(torch.nn.Module):
         positions never reach the output layers. Earlier stages: the hidden states ``[S, B, H]``, the teacher's attached
         to the student's for the communicator.
         """
-        teacher_output = self._run_teacher(batch)
+        received_SBH, self._received_SBH = self._received_SBH, None
+        teacher_output = self._run_teacher(batch, getattr(received_SBH, TEACHER_HIDDEN, None))
+        self.module.set_input_tensor(received_SBH)
         student_output = self._run_model(self.module, batch)
         if teacher_output is not None and not self.module.post_process:
             setattr(student_output, TEACHER_HIDDEN, teacher_output)
         return student_output, teacher_output
 
-    def _run_teacher(self, batch: MicroBatch) -> torch.Tensor | None:
-        if self.teacher is None:
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher judges within this stage."""
+        return self.teacher is not None or self.base_is_teacher
+
+    def _run_teacher(self, batch: MicroBatch, received_SBH: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.has_teacher:
             return None
+        teacher = self.module if self.teacher is None else self.teacher
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        with torch.no_grad():
-            output = self._run_model(self.teacher, batch)
+        teacher.set_input_tensor(received_SBH)
+        with torch.no_grad(), adapters_off(teacher):
+            output = self._run_model(teacher, batch)
         end.record()
         self.teacher_events.append((start, end))
         return output
@@ -84,8 +102,8 @@ class StudentTeacherStage(torch.nn.Module):
 
     def teacher_weight(self) -> torch.Tensor:
         """The teacher's output weight ``[V, H]``, this rank's part of its vocabulary."""
-        assert self.teacher is not None
-        return output_weight(self.teacher)
+        assert self.has_teacher
+        return output_weight(self.module if self.teacher is None else self.teacher)
 
     def _run_model(self, model: GPTModel, batch: MicroBatch) -> torch.Tensor:
         return model(
@@ -256,4 +274,4 @@ class PairCommunicator(Communicator):
 def build_communicator(stage: StudentTeacherStage, pp_group: dist.ProcessGroup) -> P2PCommunicator:
     """The communicator this stage needs, with or without a teacher."""
     config = stage.module.config
-    return Communicator(pp_group, config) if stage.teacher is None else PairCommunicator(pp_group, config)
+    return Communicator(pp_group, config) if not stage.has_teacher else PairCommunicator(pp_group, config)

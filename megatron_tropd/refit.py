@@ -22,9 +22,11 @@ import torch.distributed as dist
 
 from megatron_tropd import replicas
 from megatron_tropd.config import ModelConfig
+from megatron_tropd.config_lora import LoraConfig
 from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.distributed import Layout, active, another_layout, message_group
 from megatron_tropd.hf_mapping import is_expert
+from megatron_tropd.lora import add_adapters
 from megatron_tropd.models import build_model, global_name, tensor_cut
 
 # isort: split
@@ -134,10 +136,12 @@ def build_inference_copy(
     max_sequence_length: int,
     dtype: torch.dtype,
     check_interval: int,
+    lora: LoraConfig | None = None,
 ) -> InferenceCopy:
     """The copy of ``trainer`` in ``layout`` (see `InferenceCopy`); it has no weights yet.
 
-    ``padded_vocab_size`` is the trainer's, whose rows the copy has too. Every rank calls it.
+    ``padded_vocab_size`` is the trainer's, whose rows the copy has too; with ``lora`` it has adapters like the trainer.
+    Every rank calls it.
     """
     with active(layout):
         model = build_model(
@@ -147,7 +151,10 @@ def build_inference_copy(
             max_sequence_length=max_sequence_length,
             dtype=dtype,
             seed=None,
+            megatron_linears=lora is not None,
         )
+        if lora is not None:
+            add_adapters(model, lora, layout, seed=0)
     model.requires_grad_(False).eval()
     return InferenceCopy(trainer, trainer_layout, model, layout, check_interval=check_interval)
 

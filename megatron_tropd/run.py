@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_tropd import distributed
 from megatron_tropd.ahead import TeacherAhead
-from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
@@ -28,10 +28,8 @@ from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.exports import drop_exports, export_reference, export_student, exports
 from megatron_tropd.guard import Guard
 from megatron_tropd.hf_config import HuggingFaceError, is_huggingface
-from megatron_tropd.huggingface import load_huggingface
 from megatron_tropd.integrity import write_durably
 from megatron_tropd.layer_spec import use_transformer_engine
-from megatron_tropd.megatron_lm import find_iteration, load_megatron_lm
 from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
 from megatron_tropd.objectives import Objective
@@ -41,12 +39,13 @@ from megatron_tropd.relabel import relabel_vocabulary
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.special_tokens import map_special_tokens
 from megatron_tropd.step import Learner
-from megatron_tropd.teachers import TeachersAhead
+from megatron_tropd.teachers import TeachersAhead, base_as_teacher
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.tokenizer_builder import build_tokenizers, check_tokenizer
 from megatron_tropd.trackers import require_trackers
 from megatron_tropd.watchdog import Watchdog
 from megatron_tropd.weight_gather import WeightGather
+from megatron_tropd.weights import adapt, load_weights_of
 from megatron_tropd.writing import BackgroundWriter, on_main
 
 # isort: split
@@ -68,6 +67,8 @@ class Run:
     monitor: Monitor
     stop_requested: bool = False
     """SIGTERM has arrived on this rank."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """With LoRA: the weights that the adapters are trained on, as `describe_base` has them."""
 
     @cached_property
     def background(self) -> BackgroundWriter | None:
@@ -122,6 +123,7 @@ class Run:
             tokenizer=self.tokenizer.fingerprint,
             architecture=architecture(self.config.student),
             config=self.snapshot,
+            adapter=self.config.lora.shape() | self.base,
         )
 
 
@@ -197,7 +199,7 @@ def _refuse_what_is_not_here(config: Config) -> None:
 
 def load_student(run: Run) -> list[GPTModel]:
     """The student's slice on this rank, chunk by chunk, with the weights of ``student.load`` where it is set."""
-    build = partial(build_model, recompute=run.config.training.recompute)
+    build = partial(build_model, recompute=run.config.training.recompute, megatron_linears=run.config.lora.rank > 0)
     return _load(
         run,
         run.layout,
@@ -304,15 +306,8 @@ def _load(
     folder = Path(config.load)
     if is_huggingface(folder):
         check_tokenizer(tokenizer, folder, size)
-        for model in chunks:
-            load_huggingface(folder, model, layout, config, vocab_size=size)
-    elif (path := find_iteration(folder)) is not None:
-        allow = run.config.training.allow_legacy_checkpoints
-        for model in chunks:
-            load_megatron_lm(path, model, config, vocab_size=size, allow_legacy=allow)
-    else:
-        models = torch.nn.ModuleList(chunks)
-        load_weights(folder, models, config, vocab_size=size, tokenizer=tokenizer.fingerprint)
+    allow, whole = run.config.training.allow_legacy_checkpoints, torch.nn.ModuleList(chunks)
+    load_weights_of(folder, whole, layout, config, vocab_size=size, tokenizer=tokenizer.fingerprint, allow_legacy=allow)
     return chunks
 
 
@@ -320,13 +315,18 @@ def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Lear
     """Student (and teacher) as pipeline stages under DDP, with optimizer and scheduler."""
     config = run.config
     shares_schedule = config.parallel.teacher_schedule == "shared"
-    ahead = load_teachers_ahead(run) if with_teacher and not shares_schedule else None
+    base_is_teacher = with_teacher and config.lora.base_is_teacher
+    shared_base, loads_teacher = base_is_teacher and shares_schedule, with_teacher and not base_is_teacher
+    ahead = load_teachers_ahead(run) if loads_teacher and not shares_schedule else None
     students = load_student(run)
-    teachers = load_teacher(run) if with_teacher and shares_schedule else [None] * len(students)
+    run.base = adapt(students, config, run.layout, vocab_size=vocab_size(config.student, run.tokenizer))
+    teachers = load_teacher(run) if loads_teacher and shares_schedule else [None] * len(students)
     stages = [
-        StudentTeacherStage(student, teacher, output_head=config.training.output_head)
+        StudentTeacherStage(student, teacher, output_head=config.training.output_head, base_is_teacher=shared_base)
         for student, teacher in zip(students, teachers, strict=True)
     ]
+    if base_is_teacher and not shares_schedule:
+        ahead = base_as_teacher(students[0], run.layout, hidden=config.parallel.teacher_hidden)
     chunks = wrap_data_parallel(stages, config.optimizer, run.layout, overlap=not ON_CPU)
     optimizer = build_optimizer(chunks, config.optimizer, run.layout, dtype=run.dtype)
     sizes = [vocab_size(config.student, run.tokenizer)]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from megatron_tropd.ahead import Judged, TeacherAhead
 from megatron_tropd.distributed import Layout
 from megatron_tropd.types import Batch, MicroBatch
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
 
 
 class TeachersAhead:
@@ -46,3 +50,10 @@ class TeachersAhead:
         weight_VH = self.teachers[batch.teacher].head_VH
         assert weight_VH is not None
         return weight_VH
+
+
+def base_as_teacher(student: GPTModel, layout: Layout, *, hidden: Literal["device", "host"]) -> TeachersAhead:
+    """``student``, this rank's slice in ``layout``, with its adapters off, as the one teacher."""
+    size = student.vocab_size
+    teacher = TeacherAhead(student, layout, layout, num_ids=size, padded_num_ids=size, hidden=hidden)
+    return TeachersAhead({"": teacher})

@@ -72,6 +72,8 @@ def _plan_of_a_good_config(folder: Path) -> None:
     assert "micro-batches  4 of 4" in text
     by_positions = _run(path, "--dry-run", "--world-size=8", "--training.micro_batch_tokens=150")[1]
     assert "micro-batches  8 of 2 on each data-parallel rank, fewer of more where" in by_positions
+    adapted = _run(path, "--dry-run", "--world-size=8", "--lora.rank=400")[1]
+    assert "adapters   0.6 M parameters of rank 400; on a rank of each stage 0.2 M, 0.2 M\n" in adapted
     # Twice as many sequences at once of the same length take as much as that many rows.
     one, two = (
         _run(path, "--dry-run", "--world-size=8", option)[1].split("memory")[1]

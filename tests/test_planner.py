@@ -17,7 +17,15 @@ from megatron_tropd.config import (
     TrainingConfig,
 )
 from megatron_tropd.config_checks import problems
-from megatron_tropd.planner import activation_bytes, model_parameters, rank_memory, stage_parameters, weight_bytes
+from megatron_tropd.config_lora import LoraConfig
+from megatron_tropd.planner import (
+    activation_bytes,
+    model_parameters,
+    rank_memory,
+    stage_adapter_parameters,
+    stage_parameters,
+    weight_bytes,
+)
 from megatron_tropd.planner.hardware import GPUS, Assumptions
 from megatron_tropd.planner.layouts import plans
 from megatron_tropd.planner.parameters import padded_vocabulary
@@ -193,6 +201,22 @@ def test_fused_heads_make_logits_absent() -> None:
     (whole,) = rank_memory(replace(run, training=replace(run.training, output_head="logits")), 8).values()
     assert fused.logits == 0 and fused.head > 0
     assert whole.logits == 3072 * 2 * 2 * 151936  # tokens, bf16, both models, a vocabulary that needs no padding
+
+
+def test_adapters_leave_the_student_its_weights_alone() -> None:
+    model, lora = SHAPES["llama3-8b"], LoraConfig(rank=16, base_is_teacher=True)
+    (count,) = stage_adapter_parameters(model, lora, 1, 1)
+    # PEFT counts 41,943,040 for rank 16 on all linear layers, with an A each for q, k and v, and for gate and up.
+    assert count == 41_943_040 - 32 * 3 * 16 * 4096
+    whole = config("llama3-8b", "llama3-8b", training=TrainingConfig(micro_batch_size=1))
+    ((trained,), (adapted,)) = (rank_memory(each, 8).values() for each in (whole, replace(whole, lora=lora)))
+    assert adapted.gradients == 4 * count and adapted.optimizer == 12 * count // 8
+    assert adapted.student_weights == trained.student_weights + 2 * count
+    assert adapted.teacher_weights == 0 < trained.teacher_weights
+    assert adapted.head == trained.head - 128256 * 4096 * 4
+    assert adapted.activations < trained.activations
+    seconds = [step_time(each, 8, GPUS["H100"], Assumptions()) for each in (whole, replace(whole, lora=lora))]
+    assert seconds[1].student == pytest.approx(seconds[0].student * 2 / 3) and seconds[1].rollout == seconds[0].rollout
 
 
 def test_a_model_by_name_folder_or_file(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -14,20 +14,28 @@ TOLERANCE = 0.1
 _RESIDENT = ("student_weights", "teacher_weights", "gradients", "optimizer")
 DYNAMIC = DynamicEngineConfig(block_size_tokens=8)
 BATCH, PROMPT, RESPONSE = 4, 12, 20
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "tp2": (2, {"tensor_model_parallel_size": 2}, {}),
-    "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
-    "cp2": (2, {"context_parallel_size": 2}, {}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
-    "dp2": (2, {}, {}),
-    "dp2 fp32": (2, {}, {"precision": "fp32"}),
-    "dp2 recompute": (2, {}, {"recompute": True}),
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}, {}, {}),
+    "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, {}),
+    "cp2": (2, {"context_parallel_size": 2}, {}, {}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, {}, {}),
+    "dp2": (2, {}, {}, {}),
+    "dp2 fp32": (2, {}, {"precision": "fp32"}, {}),
+    "dp2 recompute": (2, {}, {"recompute": True}, {}),
+    "tp2 lora": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, {"rank": 8}),
+    "pp2 lora": (
+        2,
+        {"pipeline_model_parallel_size": 2},
+        {},
+        {"rank": 8, "target_modules": ("linear_qkv", "linear_proj"), "base_is_teacher": True},
+    ),
 }
 
 
-def _config(parallel: dict[str, Any], training: dict[str, Any]) -> Any:
+def _config(parallel: dict[str, Any], training: dict[str, Any], lora: dict[str, Any]) -> Any:
     """The tiny pair, wide enough that Megatron's alignment to 64 elements does not decide."""
     from megatron_tropd.config import Config, DataConfig, ParallelConfig, RolloutConfig, TrainingConfig
+    from megatron_tropd.config_lora import LoraConfig
     from tests import tiny
 
     wider = {"vocab_size": tiny.VOCAB_SIZE, "hidden_size": 64, "ffn_hidden_size": 160}
@@ -38,19 +46,20 @@ def _config(parallel: dict[str, Any], training: dict[str, Any]) -> Any:
         output_dir="",
         rollout=RolloutConfig(max_response_length=RESPONSE, max_batch_size=BATCH, engine="static", dynamic=DYNAMIC),
         parallel=ParallelConfig(**parallel),
+        lora=LoraConfig(**lora),
         training=TrainingConfig(
             **{"micro_batch_size": BATCH, "global_batch_size": 2 * BATCH, "precision": "bf16"} | training
         ),
     )
 
 
-def _measure(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, int]:
+def _measure(parallel: dict[str, Any], training: dict[str, Any], lora: dict[str, Any]) -> dict[str, int]:
     """Bytes of each component on this rank, and the pipeline stage it belongs to."""
     import torch
 
     from tests import measured_bytes, tiny
 
-    config = _config(parallel, training)
+    config = _config(parallel, training, lora)
     layout = tiny.start(
         tp=config.parallel.tensor_model_parallel_size,
         pp=config.parallel.pipeline_model_parallel_size,
@@ -58,7 +67,13 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, in
         sequence_parallel=config.parallel.sequence_parallel,
     )
     dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
-    learner = tiny.build_learner(layout, student=config.student, teacher=config.teacher, dtype=dtype)
+    learner = tiny.build_learner(
+        layout,
+        student=config.student,
+        teacher=config.teacher,
+        dtype=dtype,
+        lora=config.lora if config.lora.rank else None,
+    )
     found = measured_bytes.resident_bytes(learner)
     parts = config.parallel.context_parallel_size  # which generate each a share of the rows, with the static engine
     for component, dynamic in {"kv_cache": None, "kv_cache of blocks": DYNAMIC if parts == 1 else None}.items():
@@ -102,14 +117,14 @@ def _saved_in_a_step(learner: Any, num_micro_batches: int) -> int:
     return saved.peak
 
 
-def _measure_all(layouts: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, int]]:
-    return [_measure(parallel, training) for parallel, training in layouts]
+def _measure_all(layouts: list[tuple[dict[str, Any], ...]]) -> list[dict[str, int]]:
+    return [_measure(*sections) for sections in layouts]
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[dict[str, int]]]:
     """By layout, what each rank measured."""
-    by_rank = run_ranks(2, _measure_all, [(parallel, training) for _, parallel, training in LAYOUTS.values()])
+    by_rank = run_ranks(2, _measure_all, [sections for _, *sections in LAYOUTS.values()])
     return {name: [rank[index] for rank in by_rank] for index, name in enumerate(LAYOUTS)}
 
 
@@ -118,8 +133,8 @@ def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, 
     from megatron_tropd.planner import rank_memory
     from megatron_tropd.planner.activations import layer_activations, norm_activations
 
-    world_size, parallel, training = LAYOUTS[name]
-    config = _config(parallel, training)
+    world_size, *sections = LAYOUTS[name]
+    config = _config(*sections)
     kinds = rank_memory(config, world_size, layer_spec="local")
     blocks = replace(config, rollout=replace(config.rollout, engine="dynamic"))
     of_blocks = rank_memory(blocks, world_size, layer_spec="local")
@@ -137,5 +152,5 @@ def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, 
         for component in (*_RESIDENT, "kv_cache", *blocks_of, "activations"):
             # Of data-parallel ranks the fullest counts: the last one's shard of the optimizer ends in padding.
             found = max(rank[component] for rank in ranks)
-            assert found > 0, component
+            assert found > 0 or (component == "teacher_weights" and config.lora.base_is_teacher), component
             assert expected[component] == pytest.approx(found, rel=TOLERANCE), f"{component} of stage {stage}"

@@ -13,17 +13,22 @@ import torch.distributed as dist
 from megatron_tropd import distributed
 from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.config import ModelConfig, OptimizerConfig
+from megatron_tropd.config_lora import LoraConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.hf_mapping import global_expert_name, is_expert
-from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
+from megatron_tropd.lora import adapted_layers, add_adapters
+from megatron_tropd.models import build_model, build_teacher, keyed_generator, padded_vocab_size
 from megatron_tropd.objectives import Objective, preset
 from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_tropd.packing import pack
 from megatron_tropd.pair import StudentTeacherStage
 from megatron_tropd.step import Learner
-from megatron_tropd.teachers import TeachersAhead
+from megatron_tropd.teachers import TeachersAhead, base_as_teacher
 from megatron_tropd.types import Batch, MicroBatch, OutputHeadMode, TokenRegion
 from megatron_tropd.weight_gather import WeightGather
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
 
 VOCAB_SIZE = 45
 STUDENT = ModelConfig(
@@ -92,21 +97,27 @@ def build_learner(
     teacher_seeds: Mapping[str, int] | None = None,
     offload: bool = False,
     recompute: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Learner:
     """A learner on the tiny pair with deterministic weights; ``ahead``: the teacher's own tensor and pipeline size,
-    of several by name where there are ``teacher_seeds``."""
+    of several by name where there are ``teacher_seeds``; ``lora``: adapters, whose B is not 0."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
+    base_is_teacher = lora is not None and lora.base_is_teacher
+    has_own = teacher is not None and ahead is None and not base_is_teacher
     stages = [
         StudentTeacherStage(
-            build_model(student, layout, seed=1, recompute=recompute, chunk=chunk, **sizes),
-            build_teacher(teacher, layout, seed=2, chunk=chunk, **sizes) if teacher and ahead is None else None,
+            _student(student, layout, lora, seed=1, recompute=recompute, chunk=chunk, **sizes),
+            build_teacher(teacher, layout, seed=2, chunk=chunk, **sizes) if teacher and has_own else None,
             output_head=output_head,
+            base_is_teacher=base_is_teacher and ahead is None,
         )
         for chunk in range(layout.virtual_pipeline_size)
     ]
     teacher_ahead = None
-    if teacher and ahead is not None:
+    if base_is_teacher and ahead is not None:
+        teacher_ahead = base_as_teacher(stages[0].module, layout, hidden="device")
+    elif teacher and ahead is not None:
         seeds = teacher_seeds or {"": 2}
         teacher_ahead = TeachersAhead(
             {name: _teacher_ahead(teacher, layout, ahead, offload, sizes, seed) for name, seed in seeds.items()}
@@ -125,6 +136,25 @@ def build_learner(
         head_chunk_size=head_chunk_size,
         ahead=teacher_ahead,
     )
+
+
+def _student(config: ModelConfig, layout: Layout, lora: LoraConfig | None, **sizes: Any) -> GPTModel:
+    model = build_model(config, layout, megatron_linears=lora is not None, **sizes)
+    if lora is not None:
+        add_adapters(model, lora, layout, seed=4)
+        draw_adapters(model, layout)
+    return model
+
+
+def draw_adapters(model: GPTModel, layout: Layout, *, std: float = 0.2) -> None:
+    """Values of B that do not depend on the layout."""
+    for name, linear in adapted_layers(model):
+        part_OR, glu = linear.adapter.lora_B, name.endswith("linear_fc1") and model.config.gated_linear_unit
+        size, rank = (layout.tensor_parallel_size, layout.tensor_parallel_rank) if linear.adapter.is_column else (1, 0)
+        shape = part_OR.shape[0] * size, part_OR.shape[1]
+        whole_OR = std * torch.randn(shape, generator=keyed_generator(5, name))
+        blocks = [block.chunk(size)[rank] for block in whole_OR.chunk(2 if glu else 1)]
+        part_OR.data.copy_(torch.cat(blocks))
 
 
 def _teacher_ahead(
@@ -225,13 +255,15 @@ def whole_gradients(learner: Learner) -> dict[str, torch.Tensor]:
     layout = learner.layout
     result = {}
     for model, own_name, parameter in ((one, *named) for one in learner.students for named in one.named_parameters()):
+        if not parameter.requires_grad:
+            continue
         name = global_expert_name(own_name, layout.first_expert(model.config.num_moe_experts))
         gradient = parameter.main_grad.detach().clone()
         group = layout.weight_group(is_expert=is_expert(name))
         if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1:
             parts = [torch.empty_like(gradient) for _ in range(group.size())]
             dist.all_gather(parts, gradient, group=group)
-            glu = name.endswith("linear_fc1.weight")
+            glu = name.endswith(("linear_fc1.weight", "linear_fc1.adapter.lora_B"))
             blocks = zip(*(part.chunk(2 if glu else 1, dim=parameter.partition_dim) for part in parts), strict=True)
             gradient = torch.cat([block for group in blocks for block in group], dim=parameter.partition_dim)
         if "embedding" in name or "output_layer" in name:

@@ -94,7 +94,10 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
 
 
 def megatron_to_hf(options: argparse.Namespace) -> None:
-    """Read a checkpoint of a run, or a converted one, and write a folder that ``transformers`` loads."""
+    """Read a checkpoint of a run, or a converted one, and write a folder that ``transformers`` loads.
+
+    LoRA adapters are added to their base, which is read from where it was.
+    """
     from megatron_tropd.checkpoint import read_description, resolve, weights_dtype, weights_reader
     from megatron_tropd.config import ModelConfig
     from megatron_tropd.hf_config import config_values, read_config
@@ -111,11 +114,17 @@ def megatron_to_hf(options: argparse.Namespace) -> None:
     def convert(layout: Any) -> Any:
         from megatron_tropd.hf_export import export_huggingface
         from megatron_tropd.integrity import digest
-        from megatron_tropd.models import build_without_weights
+        from megatron_tropd.models import build_model, build_without_weights
+        from megatron_tropd.weights import load_weights_of
 
         sizes: dict[str, Any] = {"vocab_size": description.vocab_size}
-        model = build_without_weights(config, layout, **sizes, dtype=dtype)
-        load = weights_reader(path, model, config, **sizes, tokenizer=description.tokenizer)
+        if description.adapter:
+            load = None
+            model = build_model(config, layout, **sizes, max_sequence_length=1, dtype=dtype, seed=None)
+            load_weights_of(path, model, layout, config, **sizes, tokenizer=description.tokenizer)
+        else:
+            model = build_without_weights(config, layout, **sizes, dtype=dtype)
+            load = weights_reader(path, model, config, **sizes, tokenizer=description.tokenizer)
         return export_huggingface(
             model, layout, config, options.out, options.hf, **sizes, progress=True, source=digest(path), load=load
         )

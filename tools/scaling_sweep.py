@@ -124,7 +124,7 @@ def _judged_rollout_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: As
         if teacher.num_layers % own.pipeline:
             continue
         teacher_bytes = max(stage_parameters(teacher, own.tensor, own.pipeline)) * e
-        one = micro_batch_seconds(sized, teacher, own, 1, gpu, assumed)
+        one = micro_batch_seconds(sized, teacher, own, 1, 2, gpu, assumed)
         judge = (math.ceil(batch / own.data) + own.pipeline - 1) * one
         for layout in _layouts(num_gpus, gpu, pipelines=(1,)):
             weights = stage_parameters(config.student, layout.tensor, 1)[0] * e

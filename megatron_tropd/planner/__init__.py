@@ -2,6 +2,7 @@
 measured on the real trainer. docs/scaling.md explains them."""
 
 from megatron_tropd.planner.activations import LayerSpec, activation_bytes
+from megatron_tropd.planner.adapters import stage_adapter_parameters
 from megatron_tropd.planner.memory import (
     RankMemory,
     Sizes,
@@ -25,6 +26,7 @@ __all__ = [
     "model_parameters",
     "rank_memory",
     "rollout_layout",
+    "stage_adapter_parameters",
     "stage_layers",
     "stage_parameters",
     "student_layout",

@@ -16,6 +16,7 @@ from megatron_tropd.config_context import context_parallel_size
 from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
 from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.planner.activations import LayerSpec, activation_bytes, layer_activations, layer_transient
+from megatron_tropd.planner.adapters import added_activations, stage_adapter_parameters
 from megatron_tropd.planner.parameters import (
     head_widths,
     layer_expert_parameters,
@@ -46,7 +47,8 @@ class RankMemory:
     """shared: the teacher's hidden states between stages and at the output layer; ahead: this rank's share of those
     that wait for the student's schedule."""
     head: int
-    """Fused heads: both models' logits of one chunk, the fp32 gradient of the student's output weight."""
+    """Fused heads: both models' logits of one chunk, and where it is trained the student's output weight's gradient in
+    fp32."""
     logits: int
     """Both models' whole logits; 0 with the fused heads."""
     workspace: int
@@ -139,7 +141,8 @@ def copy_bytes(config: Config) -> int:
         return 0
     padded = padded_vocabulary(student, config.parallel.tensor_model_parallel_size)
     copied = replace(one_stage(student), vocab_size=padded, make_vocab_size_divisible_by=1)
-    return stage_parameters(copied, tensor, 1)[0] * element_bytes(config)
+    adapters = stage_adapter_parameters(copied, config.lora, tensor, 1)
+    return (stage_parameters(copied, tensor, 1)[0] + adapters[0]) * element_bytes(config)
 
 
 def micro_batch_rows(config: Config) -> int:
@@ -208,6 +211,8 @@ class _Rank:
         config, sizes, training = self.config, self.student, self.config.training
         e, size = element_bytes(config), micro_batch_rows(config)
         weights, gradients, optimizer = self._student_bytes(e)
+        if config.lora.rank:
+            weights, gradients, optimizer = self._adapter_bytes(weights, e)
         if config.optimizer.optimizer_cpu_offload:
             optimizer = round(optimizer * (1 - config.optimizer.optimizer_offload_fraction))
         one_micro_batch = partial(
@@ -241,7 +246,7 @@ class _Rank:
             teacher_weights=teacher_weights,
             gradients=gradients,
             optimizer=optimizer,
-            activations=int(one_micro_batch(recompute=training.recompute) * in_flight),
+            activations=int((one_micro_batch(recompute=training.recompute) + self._added_activations(e)) * in_flight),
             teacher_hidden=teacher_hidden,
             head=head,
             logits=logits,
@@ -275,6 +280,29 @@ class _Rank:
         weights, gradients, optimizer = map(sum, zip(dense_bytes, expert_bytes, strict=True))
         return weights, gradients, optimizer
 
+    def _adapter_bytes(self, base: int, e: int) -> tuple[int, int, int]:
+        """(weights, gradients, optimizer state) where ``base`` bytes of weights are frozen beside the adapters."""
+        sizes, is_distributed = self.student, self.config.optimizer.use_distributed_optimizer
+        counts = stage_adapter_parameters(self.config.student, self.config.lora, sizes.tensor, sizes.pipeline)
+        own, gradients, optimizer = weight_bytes(counts[self.stage], e, data=sizes.data, distributed=is_distributed)
+        return base + own, gradients, optimizer
+
+    def _added_activations(self, e: int) -> int:
+        config, sizes = self.config, self.student
+        if not config.lora.rank or config.training.recompute:
+            return 0
+        return added_activations(
+            config.student,
+            config.lora,
+            self.stage,
+            tensor=sizes.tensor,
+            pipeline=sizes.pipeline,
+            tokens=micro_batch_rows(config) * self.length,
+            element=e,
+            layer_spec=self.layer_spec,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
+
     def _teacher_bytes(self, e: int) -> tuple[int, int, int, int]:
         """(weights, waiting hidden states, pass ahead, transient tensors beside the student's)."""
         teacher, parallel, training = self.config.teacher, self.config.parallel, self.config.training
@@ -282,7 +310,9 @@ class _Rank:
             return 0, 0, 0, 0
         sizes = self.teacher
         tokens = micro_batch_rows(self.config) * _part(self.length, sizes)
-        weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline, sizes.experts)[self.teacher_stage] * e
+        weights = 0
+        if not self.config.lora.base_is_teacher:
+            weights = stage_parameters(teacher, sizes.tensor, sizes.pipeline, sizes.experts)[self.teacher_stage] * e
         count = 1 + len(self.config.teachers)
         transient = layer_transient(teacher, sizes.tensor, tokens, e)
         if parallel.teacher_schedule == "shared":
@@ -348,5 +378,6 @@ def _head_bytes(config: Config, sizes: Sizes, element: int) -> tuple[int, int]:
         tokens, shard, student.hidden_size, teacher_hidden, fp32_logits=training.fp32_logits
     )
     logits = min(chunk, tokens) * (shard + teacher_shard) * (4 if training.fp32_logits else element)
-    gradient = shard * student.hidden_size * 4 if training.output_head == "fused" else 0
+    is_frozen = config.lora.rank > 0
+    gradient = shard * student.hidden_size * 4 if training.output_head == "fused" and not is_frozen else 0
     return rows + logits + gradient, 0

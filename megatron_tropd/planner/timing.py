@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_model_checks import one_stage
+from megatron_tropd.planner.adapters import stage_adapter_parameters
 from megatron_tropd.planner.hardware import Assumptions, Gpu
 from megatron_tropd.planner.memory import (
     Sizes,
@@ -87,12 +88,13 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
     student, teacher = student_layout(config, world_size), teacher_layout(config, world_size)
     gradients, optimizer = _update_seconds(config, student, gpu, assumed)
     size, batch = micro_batch_rows(config), config.training.global_batch_size
-    passes, chunks = 4 if config.training.recompute else 3, config.parallel.virtual_pipeline_model_parallel_size
+    again, chunks = int(config.training.recompute), config.parallel.virtual_pipeline_model_parallel_size
+    passes = again + (2 if config.lora.rank else 3)  # a frozen weight takes no gradient
     num_student = batch / (size * student.data)
-    one_student = micro_batch_seconds(config, config.student, student, passes, gpu, assumed)
+    one_student = micro_batch_seconds(config, config.student, student, passes, 4 + 2 * again, gpu, assumed)
     one_teacher = 0.0
     if config.teacher is not None:
-        one_teacher = micro_batch_seconds(config, config.teacher, teacher, 1, gpu, assumed)
+        one_teacher = micro_batch_seconds(config, config.teacher, teacher, 1, 2, gpu, assumed)
     if config.parallel.teacher_schedule == "ahead":
         num_teacher = math.ceil(batch / size / teacher.data)
         bubble = (student.pipeline - 1) * one_student / chunks + (teacher.pipeline - 1) * one_teacher
@@ -122,9 +124,13 @@ def forward_flops(model: ModelConfig, *, tokens: float, length: float, head_toke
 
 
 def micro_batch_seconds(
-    config: Config, model: ModelConfig, layout: Sizes, passes: int, gpu: Gpu, assumed: Assumptions
+    config: Config, model: ModelConfig, layout: Sizes, passes: int, rounds: int, gpu: Gpu, assumed: Assumptions
 ) -> float:
-    """One micro-batch on the slowest stage: ``passes`` times the FLOP of a forward, and its communication."""
+    """One micro-batch on the slowest stage: ``passes`` times the FLOP of a forward, ``rounds`` reductions a layer.
+
+    Two all-reduces a layer (or, sequence parallel, the same bytes as reduce-scatter and all-gather), and as many in
+    the backward; recomputation runs the forward's once more.
+    """
     long, size = lengths(config, assumed), micro_batch_rows(config)
     tokens = size * long.sequence
     stages = stage_layers(model, layout.pipeline)
@@ -134,18 +140,15 @@ def micro_batch_seconds(
     layers = stages[flops.index(max(flops))]
     compute = passes * max(flops) / (layout.tensor * layout.context) / (gpu.flops * assumed.matrix_efficiency)
     hidden = tokens / layout.context * model.hidden_size * element_bytes(config)
-    # Two all-reduces a layer (or, sequence parallel, the same bytes as reduce-scatter and all-gather), and as many in
-    # the backward; recomputation runs the forward's once more. The backward of weights alone communicates nothing.
-    rounds = {1: 2, 3: 4, 4: 6}[passes]
     reduce = layers * rounds * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
     link = _link(layout, gpu)
     # Keys and values: gathered in every forward, their gradients reduce-scattered once.
     _, keys, _ = head_widths(model)
     gathered = 2 * tokens * keys / layout.tensor * element_bytes(config) * (layout.context - 1) / layout.context
-    exchange = layers * {1: 1, 3: 2, 4: 3}[passes] * gathered / (link * assumed.network_efficiency)
+    exchange = layers * {2: 1, 4: 2, 6: 3}[rounds] * gathered / (link * assumed.network_efficiency)
     send = 0.0
     if layout.pipeline > 1:
-        send = (1 if passes == 1 else 2) * hidden / (link * assumed.network_efficiency)
+        send = (1 if rounds == 2 else 2) * hidden / (link * assumed.network_efficiency)
     return compute + reduce + exchange + send
 
 
@@ -207,8 +210,10 @@ def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, 
 
 def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> tuple[float, float]:
     """(communication of gradients and weights, optimizer) of the largest stage."""
-    e = element_bytes(config)
-    count = max(stage_parameters(config.student, layout.tensor, layout.pipeline, layout.experts))
+    e, trained = element_bytes(config), stage_parameters(config.student, layout.tensor, layout.pipeline, layout.experts)
+    if config.lora.rank:
+        trained = stage_adapter_parameters(config.student, config.lora, layout.tensor, layout.pipeline)
+    count = max(trained)
     link = _link(layout, gpu)
     moved = (layout.replicas - 1) / layout.replicas * count * (4 + e)
     shards = layout.replicas if config.optimizer.use_distributed_optimizer else 1
