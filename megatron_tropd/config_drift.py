@@ -50,6 +50,9 @@ MAY_CHANGE = frozenset(
 FILES = ("data.train", "guidance.answers")
 """Fields that name input files: what counts is the content, wherever it lies."""
 
+_INNER_SECTIONS = ("rollout.dynamic",)
+"""Sections within sections; other mappings there are values."""
+
 _MAPPINGS = ("teachers",)
 """Fields beside the sections whose keys are the user's: compared as a whole."""
 
@@ -92,7 +95,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[s
             continue
         line = f"{name}: the checkpoint has {old[name]!r}, this run {new[name]!r}{content}"
         same_file = name in old_files and name in new_files and not content
-        may_change = not {name, name.split(".")[0]}.isdisjoint(MAY_CHANGE)
+        may_change = not {name, *_sections_of(name)}.isdisjoint(MAY_CHANGE)
         (allowed if may_change or same_file else refused).append(line)
     return allowed, refused
 
@@ -136,11 +139,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value  # as it comes back from a checkpoint's JSON
-        if isinstance(value, dict) and not prefix and name not in _MAPPINGS:
-            result |= _flat(value, f"{name}.")
+        if isinstance(value, dict) and (f"{prefix}{name}" in _INNER_SECTIONS if prefix else name not in _MAPPINGS):
+            result |= _flat(value, f"{prefix}{name}.")
         else:
             result[f"{prefix}{name}"] = value
     return result
+
+
+def _sections_of(name: str) -> list[str]:
+    """The sections that a field is in, outermost first."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _content_hash(value: str | Mapping[str, float]) -> str:

@@ -57,8 +57,10 @@ def _import_megatron_uncompiled() -> None:
     """Import Megatron so that none of its functions is wrapped by torch.compile.
 
     A wrapped one is looked at by dynamo when it is called, switched off or not, and dynamo refuses the stand-ins. Also,
-    dynamo indexes torch.cuda when first imported: before the stand-ins.
+    dynamo indexes torch.cuda the first time it is asked for anything: before the stand-ins, of which one has several
+    names.
     """
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read where functions are decorated
     try:

@@ -28,14 +28,16 @@ def run_ranks(
     *args: Any,
     timeout: float = 120,
     init_process_group: bool = True,
+    fresh: bool = False,
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` fresh processes; returns what each returned, in rank order.
 
     ``function`` is a module-level function; arguments and results are pickled. Each rank finds torchrun's environment
     (RANK, WORLD_SIZE, ...) and, unless ``init_process_group`` is off, an initialised gloo world. The first rank that
     raises, dies or takes longer than ``timeout`` seconds ends all of them: AssertionError with every traceback known.
+    ``fresh``: nothing is imported before the function's module, for what must be said before an import.
     """
-    context = _context()
+    context = multiprocessing.get_context("spawn") if fresh else _context()
     environment = dict(os.environ) | _environment(world_size)
     receivers, processes = [], []
     for rank in range(world_size):

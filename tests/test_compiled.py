@@ -78,7 +78,7 @@ def _compile_beside_megatron() -> tuple[int, float]:
 def test_compiles_where_megatron_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the compiler is switched off for Megatron, and a mode rewrites requests for CUDA."""
     monkeypatch.setenv(BACKEND_VARIABLE, "compile")
-    ((num_graphs, error),) = run_ranks(1, _compile_beside_megatron)
+    ((num_graphs, error),) = run_ranks(1, _compile_beside_megatron, fresh=True)
     assert num_graphs >= 2 and error < FP32
 
 

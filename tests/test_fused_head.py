@@ -115,7 +115,8 @@ def compare_with_unfused(groups: dict[int, Any]) -> None:
         for chunk_size, recompute in itertools.product(CHUNKS if tp < 4 else CHUNKS[:1], (False, True)):
             found = run_head(case, objective, group, scale=0.25, chunk_size=chunk_size, recompute=recompute)
             where = f"{objective.name} tp {tp} chunk {chunk_size} recompute {recompute}"
-            torch.testing.assert_close(found[0], wanted[0], atol=3e-6, rtol=3e-6, msg=where)
+            # Products of other shapes round otherwise: R and log pi(x), which K1 multiplies, by 1e-6 of the logits.
+            torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5, msg=where)
             for a, b in zip(found[2:], wanted[2:], strict=True):
                 assert relative_error(a, b.double()) < 3e-6, where
             assert set(found[1]) == set(wanted[1]), where
@@ -324,13 +325,16 @@ def test_recommended_chunk_size() -> None:
     assert recommended_chunk_size(32768, 18992, 4096, 8192) == 3840  # a narrow shard: products of 3e12 FLOP
     assert recommended_chunk_size(32768, 151936, 1024, 8192) == 768
     assert recommended_chunk_size(4096, 151936, 1024, 2048, fp32_logits=True) == 512
+    assert recommended_chunk_size(32768, 1000, 64, 64) == 4096
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_whole_logits_never_exist(recompute: bool) -> None:
-    """Peak beside the inputs and the fp32 weight gradient: 0.6 of one bf16 logits matrix at T = 4096, falling."""
+    """Peak beside the inputs and the fp32 weight gradient: 0.6 of one bf16 logits matrix at T = 4096, and less where a
+    chunk is a smaller share of the tokens, as it is of many."""
+    assert recommended_chunk_size(4096, 12000, 16, 32) == 1024 and recommended_chunk_size(32768, 12000, 16, 32) == 4096
     shares = []
-    for num_tokens in (4096, 8192):
+    for num_tokens, chunk_size in ((4096, None), (8192, 1024)):
         vocab_size, width = 12000, 16
         student = OutputHead(
             torch.randn(num_tokens, width).bfloat16().requires_grad_(),
@@ -342,7 +346,7 @@ def test_whole_logits_never_exist(recompute: bool) -> None:
         with measure_memory() as use:
             loss_N, _ = fused_head_loss(
                 student, teacher, tokens, torch.full_like(tokens, 2), preset("tropd", top_k=8), vocab_size=vocab_size,
-                full_statistics=True, recompute=recompute,
+                full_statistics=True, recompute=recompute, chunk_size=chunk_size,
             )  # fmt: skip
             loss_N.sum().backward()
         shares.append(use.peak / (2 * num_tokens * vocab_size))

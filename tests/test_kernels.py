@@ -387,7 +387,7 @@ def on_ranks() -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv(BACKEND_VARIABLE, "triton")
-        return run_ranks(4, run_all, timeout=300)
+        return run_ranks(4, run_all, timeout=300, fresh=True)
 
 
 def test_statistics_match_their_twins_and_float64(on_ranks: list[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ TRAIN_ITERS, LOG_INTERVAL = 4, 2
 OWN_LINES = (
     r"layer spec: local \(transformer-engine is not usable here\)",
     r"layer spec: transformer-engine",
+    r"rollout engine: (static|dynamic) \(.*\)",
     r"teacher\.load is not set: the teacher has random weights, and nothing worth learning",
     r"tropd: +\d+%\|.*",
     r"profile of steps 2 to 2: .*/profile/rank_0_steps_2_to_2\.json\.gz",

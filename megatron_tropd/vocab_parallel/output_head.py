@@ -18,8 +18,8 @@ _WEIGHT_ROWS_CPU = 1024
 _CHUNK_TOKENS = 6144
 _CHUNK_GRANULE = 256
 # Launching a chunk's kernels takes a GPU's host one to three milliseconds. Products of these FLOP keep the GPU busy for
-# four (at 790 TFLOP/s), so that it does not wait.
-_CHUNK_FLOP = 3e12
+# four (at 790 TFLOP/s), so that it does not wait; but no more tokens than these, for a chunk's logits take memory.
+_CHUNK_FLOP, _CHUNK_MOST = 3e12, 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def recommended_chunk_size(
     """
     by_cost = _CHUNK_TOKENS / (4 + teacher_hidden_size / student_hidden_size)
     by_launch = _CHUNK_FLOP / (num_ids * (6 * student_hidden_size + 2 * teacher_hidden_size))
-    tokens = min(max(by_cost, by_launch), num_tokens / (8 if fp32_logits else 4))
+    tokens = min(max(by_cost, min(by_launch, _CHUNK_MOST)), num_tokens / (8 if fp32_logits else 4))
     return max(_CHUNK_GRANULE, round(tokens / _CHUNK_GRANULE) * _CHUNK_GRANULE)
 
 
