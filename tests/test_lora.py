@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -486,7 +487,7 @@ def _config_file(folder: Path, hf: Path) -> Path:
 
 
 def _train_on_and_evaluate(path: str) -> dict[str, float]:
-    """Two steps, a third from the checkpoint, and the metrics of `evaluate` on the newest."""
+    """Two steps, a third from the checkpoint; on rank 0, which writes them, what `evaluate` measures of the newest."""
     from megatron_tropd.config_parser import load_config
     from megatron_tropd.evaluate import evaluate
     from megatron_tropd.trainer import train
@@ -494,6 +495,8 @@ def _train_on_and_evaluate(path: str) -> dict[str, float]:
     train(load_config(path))
     train(load_config(path, ["--training.train_iters=3"]))
     evaluate(load_config(path))
+    if os.environ["RANK"] != "0":
+        return {}
     found: dict[str, float] = json.loads((Path(path).parent / "run" / "evaluation.json").read_text())
     return found
 
