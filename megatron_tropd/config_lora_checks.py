@@ -32,7 +32,7 @@ def check_lora(config: Config, command: str) -> None:
         "student.fp8 out, or set lora.rank=0",
     )
     parallel = config.parallel
-    for name in ("virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"):
+    for name in ("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"):
         size = getattr(parallel, name)
         require(size == 1, f"parallel.{name} {size} is not offered with adapters: set it to 1, or lora.rank=0")
     require(

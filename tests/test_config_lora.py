@@ -52,6 +52,10 @@ EXPERTS = {**MODEL, "num_moe_experts": 4, "moe_ffn_hidden_size": 32}
             {"parallel": {"expert_model_parallel_size": 2}},
             ["expert_model_parallel_size 2 is not offered"],
         ),
+        (
+            {"parallel": {"virtual_pipeline_model_parallel_size": 2}},
+            ["virtual_pipeline_model_parallel_size 2 is not offered"],
+        ),
         ({"optimizer": {"overlap_param_gather": True}}, ["optimizer.overlap_param_gather is not offered"]),
         ({"student": {**MODEL, "fp8": "e4m3"}}, ["student.fp8 e4m3", "lora.rank=0"]),
         ({"teacher": {**MODEL, "num_layers": 2}}, ["leave the teacher section out"]),

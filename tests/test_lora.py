@@ -28,6 +28,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": {"tp": 1, "pp": 2},
         "pp2 recompute": {"tp": 1, "pp": 2},
         "dp2": {"tp": 1, "pp": 1},
+        "cp2": {"tp": 1, "pp": 1, "cp": 2},
+        "cp2 recompute": {"tp": 1, "pp": 1, "cp": 2},
     },
 }
 TEACHERS = ("apart", "base", "base ahead")
@@ -96,7 +98,7 @@ def _write_gradients(folder: Path, name: str, layout: Any) -> None:
             learner.stage.output_head = mode
             sums, _ = forward_backward(learner, _batch(layout))
             gradients = tiny.whole_gradients(learner)
-            if layout.tensor_parallel_rank == 0 and layout.data_parallel_rank == 0:
+            if layout.tensor_parallel_rank == layout.data_parallel_rank == layout.context_parallel_rank == 0:
                 torch.save((gradients, sums), folder / f"{name}-{teacher}-{mode}-{layout.pipeline_rank}.pt")
 
 

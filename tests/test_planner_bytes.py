@@ -23,6 +23,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "dp2 fp32": (2, {}, {"precision": "fp32"}, {}),
     "dp2 recompute": (2, {}, {"recompute": True}, {}),
     "tp2 lora": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, {"rank": 8}),
+    "cp2 lora": (2, {"context_parallel_size": 2}, {}, {"rank": 8}),
     "pp2 lora": (
         2,
         {"pipeline_model_parallel_size": 2},

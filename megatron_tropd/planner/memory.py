@@ -284,7 +284,7 @@ class _Rank:
         """(weights, gradients, optimizer state) where ``base`` bytes of weights are frozen beside the adapters."""
         sizes, is_distributed = self.student, self.config.optimizer.use_distributed_optimizer
         counts = stage_adapter_parameters(self.config.student, self.config.lora, sizes.tensor, sizes.pipeline)
-        own, gradients, optimizer = weight_bytes(counts[self.stage], e, data=sizes.data, distributed=is_distributed)
+        own, gradients, optimizer = weight_bytes(counts[self.stage], e, data=sizes.replicas, distributed=is_distributed)
         return base + own, gradients, optimizer
 
     def _added_activations(self, e: int) -> int:
@@ -297,7 +297,7 @@ class _Rank:
             self.stage,
             tensor=sizes.tensor,
             pipeline=sizes.pipeline,
-            tokens=micro_batch_rows(config) * self.length,
+            tokens=micro_batch_rows(config) * _part(self.length, sizes),
             element=e,
             layer_spec=self.layer_spec,
             sequence_parallel=config.parallel.sequence_parallel,
