@@ -15,6 +15,7 @@ from megatron_tropd.config_lora_checks import check_lora
 from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
 from megatron_tropd.config_require import collecting, require
 from megatron_tropd.config_rollout_checks import check_pace
+from megatron_tropd.engine_choice import check_engine
 
 
 def validate(config: Config, world_size: int, command: str) -> None:
@@ -54,6 +55,7 @@ def validate(config: Config, world_size: int, command: str) -> None:
     check_data(config)
     check_interleaved(config, command, pipeline=pp, data=world_size // (tp * pp * cp))
     check_experts(config, world_size, command, student=(tp, pp), teacher=teacher_sizes(config))
+    check_engine(config, command, pipeline=pp)
     check_lora(config, command)
     if command in ("train", "sft"):
         _check_training(config, world_size // (tp * pp * cp), command)
@@ -237,12 +239,6 @@ def _check_rollout(config: Config) -> None:
         require(getattr(dynamic, name) >= 1, f"rollout.dynamic.{name} must be at least 1")
     gb = dynamic.buffer_size_gb
     require(gb is None or gb > 0, f"rollout.dynamic.buffer_size_gb must be above 0, found {gb}")
-    require(
-        not dynamic.cuda_graphs
-        or (config.student.num_moe_experts is None and config.parallel.pipeline_model_parallel_size == 1),
-        "rollout.dynamic.cuda_graphs needs a dense student (experts' counts decide sizes on the host) and "
-        "parallel.pipeline_model_parallel_size=1: set it to false",
-    )
 
 
 def _check_profile(config: Config, world_size: int) -> None:

@@ -21,8 +21,9 @@ class DynamicEngineConfig:
     """Read a prompt in parts where it does not fit in max_tokens beside the sequences that decode."""
     enable_prefix_caching: bool = True
     """Samples of one prompt share the KV blocks of what they have in common."""
-    cuda_graphs: bool = False
-    """Replay decoding steps as CUDA graphs. On GPUs, for dense models without pipeline parallelism."""
+    cuda_graphs: bool | None = None
+    """Replay decoding steps as CUDA graphs. None: on GPUs, where they are offered: for dense models without pipeline
+    stages and fp8."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class RolloutConfig:
     needs have ended, those with the fewest new tokens, and drops the others: long responses are learned from less.
     With partial_learn_from=finished none is dropped; unfinished ones are continued in the next step."""
     engine: Literal["auto", "static", "dynamic"] = "auto"
-    """Megatron's static batching, or its dynamic batching with a paged KV cache; auto: see docs/rollouts.md."""
+    """Megatron's static batching, or its dynamic batching with a paged KV cache; auto: the latter where it has CUDA
+    graphs."""
     dynamic: DynamicEngineConfig = field(default_factory=DynamicEngineConfig)
     """Options of the dynamic engine."""
 

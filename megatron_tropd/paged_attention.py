@@ -35,6 +35,11 @@ def have_flash_attention(dtype: torch.dtype) -> bool:
     return attention.flash_attn_varlen_func is not None and bool(attention.is_fa_min_version("2.7.3"))
 
 
+def block_multiple(dtype: torch.dtype) -> int:
+    """What the tokens of a KV block must be a multiple of in ``dtype``: 256 for flash-attn 2's kernels."""
+    return 256 if have_flash_attention(dtype) and not (attention.HAVE_FA3 or attention.HAVE_FA4) else 1
+
+
 class PagedSelfAttention(SelfAttention):
     """Megatron's self-attention, whose dynamic batching needs no flash-attn; everything else is the parent's."""
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_tropd.config import ConfigError
 from megatron_tropd.config_rollout import RolloutConfig
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.dynamic_engine import DynamicEngine
+from megatron_tropd.engine_choice import Place, choose_engine
+from megatron_tropd.paged_attention import block_multiple
 from megatron_tropd.static_engine import StaticEngine
 from megatron_tropd.types import Rollout, RolloutRequest
 
@@ -66,13 +68,21 @@ def build_engine(
     seed: int,
     with_entropies: bool = False,
 ) -> RolloutEngine:
-    """The engine this machine runs ``config`` with: the one place that chooses.
+    """The engine this machine runs ``config`` with (``engine_choice``). Raises ConfigError where it cannot.
 
     ``vocab_size`` is the number of ids student and teacher share; ``eos_id`` ends a response; ``seed`` keys
     the draws; ``with_entropies`` records the student's entropy at every sampled token.
     """
-    kind, reason = choose_engine(config, layout)
-    logger.info("rollout engine: %s (%s)", kind, reason)
+    place = Place(
+        layout.pipeline_size,
+        layout.context_parallel_size,
+        layout.expert_parallel_size,
+        has_experts=model.config.num_moe_experts is not None,
+        has_fp8=model.config.fp8 is not None,
+    )
+    multiple = block_multiple(model.config.params_dtype)
+    choice = choose_engine(config, place, on_gpu=not ON_CPU, block_multiple=multiple)
+    logger.info("rollout engine: %s (%s)", choice.kind, choice.reason)
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "eos_id": eos_id,
@@ -82,29 +92,10 @@ def build_engine(
         "seed": seed,
         "with_entropies": with_entropies,
     }
-    if kind == "dynamic":
-        return DynamicEngine(model, layout, config.dynamic, **options)
+    if choice.kind == "dynamic":
+        return DynamicEngine(model, layout, replace(config.dynamic, cuda_graphs=choice.cuda_graphs), **options)
     engine = StaticEngine(model, layout, **options)
     return engine if layout.context_parallel_size == 1 else ContextParallelEngine(engine, layout)
-
-
-def choose_engine(config: RolloutConfig, layout: Layout) -> tuple[str, str]:
-    """``static`` or ``dynamic``, and why. Raises ConfigError where the one asked for cannot run in this layout."""
-    if config.engine == "dynamic" and layout.expert_parallel_size > 1:
-        raise ConfigError(
-            "rollout.engine=dynamic needs all experts on every rank, for ranks that share them wait for one another: "
-            "set rollout.engine=static, or spread no experts over ranks"
-        )
-    if config.engine == "dynamic" and layout.context_parallel_size > 1:
-        raise ConfigError(
-            "rollout.engine=dynamic is not offered with parallel.context_parallel_size above 1: set "
-            "rollout.engine=static"
-        )
-    if config.engine == "dynamic" and config.dynamic.cuda_graphs and ON_CPU:
-        raise ConfigError("rollout.dynamic.cuda_graphs needs a GPU, and there is none: set it to false")
-    if config.engine != "auto":
-        return config.engine, f"rollout.engine={config.engine}"
-    return "static", "the faster one where both were measured"
 
 
 class ContextParallelEngine:
