@@ -75,11 +75,6 @@ def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
         f"(rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size}) does not, since it generates for "
         "several replicas at once: leave out the one, or use rollout.partial_tokens",
     )
-    require(
-        rollout.engine != "dynamic",
-        f"rollout.over_sampling {rollout.over_sampling} ends a generation early, which rollout.engine=dynamic does "
-        "not: use rollout.engine=static, or rollout.partial_tokens",
-    )
     unit = math.lcm(data_parallel_size, rollout.samples_per_prompt)
     require(
         math.isclose(found, in_flight) and in_flight % unit == 0,

@@ -18,6 +18,7 @@ from megatron_tropd.decode_graphs import DecodeGraphs
 from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
+from megatron_tropd.race import NEVER, Race
 from megatron_tropd.rollout_requests import (
     checked_rollout,
     num_given_tokens,
@@ -106,7 +107,7 @@ class DynamicEngine:
         max_new_tokens: int | None = None,
         enough: int | None = None,
     ) -> list[Rollout]:
-        """See ``rollout.RolloutEngine``; all requests run to their ends, however many are ``enough``.
+        """See ``rollout.RolloutEngine``.
 
         Raises ValueError, before anything runs, where a sequence could outgrow the model or the KV cache, or a prefix
         its budget, and afterwards where the model's logits were not finite. Leaves the model ready to train.
@@ -120,10 +121,11 @@ class DynamicEngine:
             for index, rollout in enumerate(rollouts)
             if not rollout.finished and len(written(rollout.request)) < max_response_length
         ]
-        if not waiting:
+        race = None if enough is None else Race(enough, len(requests) - len(waiting), self.layout.device)
+        if not waiting or (race is not None and race.is_over()):
             return rollouts
         most = max_response_length if max_new_tokens is None else max_new_tokens
-        responses = _Responses(self, [requests[index] for index in waiting], max_response_length, most)
+        responses = _Responses(self, [requests[index] for index in waiting], max_response_length, most, race)
         try:
             with whole_sequences(self.model), InferenceMode.active():
                 self.model.eval()
@@ -239,13 +241,23 @@ class _Responses:
     Kept on the device, by place in the response: decoding does not wait for them.
     """
 
-    def __init__(self, engine: DynamicEngine, requests: Sequence[RolloutRequest], max_response_length: int, most: int):
+    def __init__(
+        self,
+        engine: DynamicEngine,
+        requests: Sequence[RolloutRequest],
+        max_response_length: int,
+        most: int,
+        race: Race | None,
+    ):
         self.engine = engine
         self.requests = requests
-        self.limits = [min(most, max_response_length - len(written(request))) for request in requests]
+        self.race = race
+        budgets = [max_response_length - len(written(request)) for request in requests]
+        self.limits = [min(most, budget) for budget in budgets]
         """Most tokens of each response."""
         self.num_chunks = 0
         device = engine.layout.device
+        self._budgets_N = torch.tensor(budgets, device=device)
         self._given_N = torch.tensor([num_given_tokens(request) for request in requests])
         self._lengths_N = torch.zeros_like(self._given_N)
         sample_ids_N1 = torch.tensor([[request.sample_id] for request in requests], device=device)
@@ -265,7 +277,8 @@ class _Responses:
     def sample(self, logits_BV: torch.Tensor, rows_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
         """Tokens ``[B]`` at ``positions_B`` of the requests ``rows_B`` (int64, both on the CPU), equal on every rank.
 
-        A position within what is given is that of a prompt still being read: what is sampled there counts for nothing,
+        A request that has lost its race gets the end token, so that Megatron ends it; what was sampled is kept. A
+        position within what is given is that of a prompt still being read: what is sampled there counts for nothing,
         here or in Megatron.
         """
         engine = self.engine
@@ -283,7 +296,16 @@ class _Responses:
         self._log_probs_NS[at] = log_probs_B
         if self._entropies_NS is not None:
             self._entropies_NS[at] = entropies(logits_BV)
-        return tokens_B
+        return tokens_B if self.race is None else self._end_losers(self.race, tokens_B, *at, counts_B.to(at[0].device))
+
+    def _end_losers(
+        self, race: Race, tokens_B: torch.Tensor, rows_B: torch.Tensor, places_B: torch.Tensor, counts_B: torch.Tensor
+    ) -> torch.Tensor:
+        """``tokens_B``, or the end token for requests that cannot be among the first any more; all on the device."""
+        lengths_B = places_B + 1
+        is_end_B = (tokens_B == self.engine.eos_id) | (lengths_B >= self._budgets_N[rows_B])
+        race.add(torch.where(counts_B & is_end_B, lengths_B, NEVER))
+        return torch.where(counts_B & (lengths_B >= race.most), self.engine.eos_id, tokens_B)
 
     def rollouts(self) -> list[Rollout]:
         """What was generated, in the order of the requests; the end token belongs to the response."""

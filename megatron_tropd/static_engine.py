@@ -16,6 +16,7 @@ import torch
 from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
+from megatron_tropd.race import NEVER, Race
 from megatron_tropd.rollout_requests import num_given_tokens, refuse_what_does_not_fit, without_response, written
 from megatron_tropd.sampling import entropies, sample_tokens
 from megatron_tropd.types import Rollout, RolloutRequest
@@ -96,7 +97,7 @@ class StaticEngine:
             if not rollout.finished and len(written(rollout.request)) < max_response_length
         ]
         most = max_response_length if max_new_tokens is None else min(max_new_tokens, max_response_length)
-        race = None if enough is None else _Race(enough, len(requests) - len(waiting), self.layout.device)
+        race = None if enough is None else Race(enough, len(requests) - len(waiting), self.layout.device)
         try:
             with whole_sequences(self.model), InferenceMode.active():
                 for indices in self._batches(requests, waiting, most):
@@ -125,7 +126,7 @@ class StaticEngine:
             yield from batched(shortest_first[start:end], self.max_batch_size)
 
     def _generate_batch(
-        self, requests: Sequence[RolloutRequest], max_response_length: int, most: int, race: _Race | None
+        self, requests: Sequence[RolloutRequest], max_response_length: int, most: int, race: Race | None
     ) -> list[Rollout]:
         """Generate for requests that all have room for a token; the KV cache lives for this batch only."""
         num_positions = max(
@@ -166,7 +167,7 @@ class _Controller(TextGenerationController):
         requests: Sequence[RolloutRequest],
         max_response_length: int,
         most: int,
-        race: _Race | None,
+        race: Race | None,
     ):
         super().__init__(wrapper, tokenizer=SimpleNamespace(eod=engine.eos_id))
         self.engine = engine
@@ -221,7 +222,7 @@ class _Controller(TextGenerationController):
         running_B = generation_started & ~is_generation_done_tensor
         ended_B = running_B & ((updated_prompts_tokens[:, end - 1] == termination_id) | (end >= self.budgets_B))
         if self.race is not None:
-            self.race.add(torch.where(ended_B, end - self.given_B, _NEVER))
+            self.race.add(torch.where(ended_B, end - self.given_B, NEVER))
             self.limits_B = torch.minimum(self.limits_B, self.given_B + self.race.most)
         stopped_B = ended_B | (running_B & (end >= self.limits_B))
         self.ends_B = torch.where(stopped_B, end, self.ends_B)
@@ -248,32 +249,3 @@ class _Controller(TextGenerationController):
             finished = response[-1:] == (self.engine.eos_id,)
             rollouts.append(Rollout(request, response, log_probs, finished, at_tokens))
         return rollouts
-
-
-class _Race:
-    """Which ``enough`` requests of one call end with the fewest new tokens: no other is worth more tokens than those.
-
-    Lives on the device: decoding does not wait for it.
-    """
-
-    def __init__(self, enough: int, num_ended: int, device: torch.device):
-        """``num_ended`` requests have ended before the start, with no new token."""
-        self._counts = torch.full((enough,), _NEVER, device=device)
-        self._counts[:num_ended] = 0
-
-    @property
-    def most(self) -> torch.Tensor:
-        """New tokens beyond which a request is out of it; an int scalar."""
-        return self._counts[-1]
-
-    def add(self, counts: torch.Tensor) -> None:
-        """New tokens of requests that have ended, ``_NEVER`` of those that have not."""
-        self._counts = torch.cat((self._counts, counts)).sort().values[: len(self._counts)]
-
-    def is_over(self) -> bool:
-        """Whether no request that has not begun can be among them."""
-        return int(self.most) == 0
-
-
-_NEVER = 2**31
-"""More tokens than any response has."""

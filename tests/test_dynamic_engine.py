@@ -15,9 +15,10 @@ import torch
 from megatron_tropd.config import ConfigError, ModelConfig
 from megatron_tropd.config_rollout import DynamicEngineConfig, RolloutConfig
 from megatron_tropd.prompt import Prompt
+from megatron_tropd.trajectories import first_to_end
 from megatron_tropd.types import Rollout, RolloutRequest
 from tests.ranks import run_ranks
-from tests.test_rollout import BUDGET, EOS, MODEL, SEED, VOCAB_SIZE, requests
+from tests.test_rollout import BUDGET, ENOUGH, EOS, MODEL, SEED, VOCAB_SIZE, requests
 from tests.test_run import _metrics, _train, _weights, config_file
 from tests.test_run import data as data  # the fixture
 
@@ -100,6 +101,27 @@ def _pairs(model: Any, layout: Any) -> dict[str, tuple[list[Rollout], list[Rollo
     return found
 
 
+def _races(model: Any, layout: Any) -> dict[str, Any]:
+    """By the options: what static and dynamic batching make of a race, and forward passes with and without one."""
+    few = _gb(_engine(model, layout, "dynamic"), 2 * MOST_BLOCKS - 1)
+    found: dict[str, Any] = {"whole": _engine(model, layout, "static").generate(requests(), max_response_length=BUDGET)}
+    for name, options in {
+        "waiting": {},
+        "at once": {"max_batch_size": 100},
+        "few blocks": {"buffer_size_gb": few, "enable_prefix_caching": False},
+    }.items():
+        rollouts, steps = {}, []
+        for kind in ("static", "dynamic"):
+            engine = _engine(model, layout, kind, **options)
+            rollouts[kind] = engine.generate(requests(), max_response_length=BUDGET, enough=ENOUGH)
+        steps.append(engine.report.num_steps)
+        engine.generate(requests(), max_response_length=BUDGET)
+        found[name] = rollouts, [*steps, engine.report.num_steps]
+    engine = _engine(model, layout, "dynamic")
+    found["over"] = engine.generate(requests(), max_response_length=BUDGET, enough=2), engine.report
+    return found
+
+
 def _errors(model: Any, layout: Any) -> list[str]:
     few = _engine(model, layout, "dynamic", buffer_size_gb=_gb(_engine(model, layout, "dynamic"), MOST_BLOCKS - 1))
     whole = _engine(model, layout, "dynamic", max_tokens=64, enable_chunked_prefill=False)
@@ -144,6 +166,7 @@ def _results_of_a_rank() -> dict[tuple[int, int], dict[str, Any]]:
         model = _build(layout)
         by_layout[tp, pp] = {
             "pairs": _pairs(model, layout),
+            "races": _races(model, layout),
             "errors": _errors(model, layout),
             "other weights": _other_weights(model, layout),
             "none": _engine(model, layout, "dynamic").generate([], max_response_length=BUDGET),
@@ -208,6 +231,26 @@ def test_each_way_to_share_the_memory_was_taken(results: Any, layout: Any) -> No
     given = sum(len(request.prompt.tokens) + len(request.prefix) for request in same_prompts())
     assert reports["shared"].num_prompt_tokens == given - reports["shared"].num_shared_tokens
     assert reports["shared chunks"].num_shared_tokens > 0 and reports["shared chunks"].num_chunks > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_race_has_the_winners_of_static_batching_and_ends_sooner(results: Any, layout: Any) -> None:
+    for by_layout in results:
+        races = dict(by_layout[layout]["races"])
+        whole, (untouched, report) = races.pop("whole"), races.pop("over")
+        winners = first_to_end(whole, ENOUGH, BUDGET)
+        last = max(len(rollout.response) for rollout in winners)
+        assert 0 < last < max(len(rollout.response) for rollout in whole)  # else it would show nothing
+        for name, (rollouts, (num_steps, num_steps_without)) in races.items():
+            for found in rollouts.values():
+                _assert_same(first_to_end(found, ENOUGH, BUDGET), winners)
+            for rollout, reference in zip(rollouts["dynamic"], whole, strict=True):
+                length = len(rollout.response)
+                assert rollout.response == reference.response[:length]
+                assert length == len(reference.response) or last <= length < len(reference.response)
+            assert num_steps < num_steps_without, name
+        # Two have ended before anything runs.
+        assert report is None and not any(rollout.response for rollout in untouched)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

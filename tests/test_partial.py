@@ -260,10 +260,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
             r"an inference copy \(rollout.tensor_model_parallel_size=1\) does not",
         ),
         (
-            {"rollout": {"over_sampling": 2.0, "engine": "dynamic"}},
-            "rollout.engine=dynamic does not: use rollout.engine=static",
-        ),
-        (
             {"rollout": {"over_sampling": 1.1}},
             "= 35.2 must be a multiple of .* rollout.samples_per_prompt 4: try 1.125",
         ),
@@ -284,6 +280,6 @@ def test_what_goes_together_is_taken(tmp_path: Path) -> None:
     for rollout in (
         {"partial_tokens": 9},
         {"partial_tokens": 9, "partial_learn_from": "finished", "over_sampling": 1.03125},
-        {"over_sampling": 1.25},
+        {"over_sampling": 1.25, "engine": "dynamic"},
     ):
         validate(load_config(write(tmp_path, rollout=rollout)), 2, "train")

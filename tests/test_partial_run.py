@@ -17,7 +17,8 @@ __all__ = ["inputs"]  # a fixture
 ROLLOUTS: dict[str, dict[str, Any]] = {
     "segments": {"partial_tokens": 2},
     "finished": {"partial_tokens": 2, "partial_learn_from": "finished", "over_sampling": 2.5},
-    "over": {"over_sampling": 1.5},
+    "over": {"over_sampling": 1.5, "engine": "static"},
+    "over, dynamic": {"over_sampling": 1.5, "engine": "dynamic"},
 }
 
 
@@ -41,7 +42,7 @@ def _stop_and_continue(paths: list[str], train_iters: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> dict[str, Path]:
-    """Run folders by what was done: all three kinds on two data-parallel ranks, and the partial ones on one rank."""
+    """Run folders by what was done: all kinds on two data-parallel ranks, and the partial ones on one rank."""
     folder = tmp_path_factory.mktemp("runs")
     two = {name: _config(folder / name, inputs, name) for name in ROLLOUTS}
     run_ranks(2, _train_each, [str(path) for path in two.values()], timeout=120)
@@ -121,3 +122,6 @@ def test_over_sampling_drops_the_long_ones(runs: dict[str, Path]) -> None:
         assert 0 < step["dropped_token_share"] < 0.6 and step["stale_token_share"] == 0
         ids = {sample["sample_id"] for sample in _samples(runs["over"], index)}
         assert len(ids) == 8 and ids <= set(range(24 * index, 24 * (index + 1)))  # of the 12 of rank 0
+        assert [(one["sample_id"], one["response"]) for one in _samples(runs["over, dynamic"], index)] == [
+            (one["sample_id"], one["response"]) for one in _samples(runs["over"], index)
+        ]
