@@ -139,7 +139,8 @@ class ObjectiveOptions:
     """Weigh on-policy tokens by min(trainer / engine probability, cap); None: no weights."""
     clip_ratio_low: float | None = None
     """PPO's clip of the trainer / engine probability in terms on the sampled token, below 1 - clip_ratio_low; None: 0.2
-    where tokens are older than the weights (steps_per_rollout > 1, partial_learn_from=finished), else no ratio."""
+    where tokens are older than the weights (steps_per_rollout > 1, one_step_off, partial_learn_from=finished), else no
+    ratio."""
     clip_ratio_high: float | None = None
     """And above 1 + clip_ratio_high; None: 0.28 in the same cases."""
     renormalize: Literal["none", "teacher", "both"] | None = None
@@ -208,6 +209,10 @@ class TrainingConfig:
     """Optimizer steps on one rollout: the engine generates for this many global batches at once, with the same weights,
     and each step learns from one of them. Above 1 the later ones are off-policy, and terms on the sampled token take
     PPO's clipped ratio (objective_options.clip_ratio_low, _high). Saves and ends happen between rollouts."""
+    one_step_off: bool = False
+    """Generate and judge the next step's rollouts while this step trains, on ranks of their own
+    (parallel.generator_ranks): they are then of the weights of one step before, never older, and terms on the sampled
+    token take PPO's clipped ratio. `train` alone; the other commands use all ranks as ever."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 main gradients on GPUs, fp32 on the CPU."""
     deterministic: bool = False

@@ -15,6 +15,7 @@ from megatron_tropd.config_lora_checks import check_lora
 from megatron_tropd.config_model_checks import check_inference_copy, check_model, one_stage
 from megatron_tropd.config_require import collecting, require
 from megatron_tropd.config_rollout_checks import check_pace
+from megatron_tropd.config_sides import check_sides, num_generators
 from megatron_tropd.engine_choice import check_engine
 
 
@@ -25,6 +26,10 @@ def validate(config: Config, world_size: int, command: str) -> None:
     """
     _check_numbers(config)
     parallel = config.parallel
+    generators = num_generators(config, command)
+    if command == "train":
+        check_sides(config, world_size)
+        world_size -= generators  # from here on that of the ranks that train
     tp, pp = layout_sizes(config, command)
     require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, found tensor {tp} and pipeline {pp}")
     require(
@@ -43,8 +48,8 @@ def validate(config: Config, world_size: int, command: str) -> None:
     if command != "generate":
         check_model("student", student_architecture(config, command), tp, pp)
     if config.rollout.tensor_model_parallel_size is not None:
-        check_inference_copy(config, world_size)
-    _check_teacher_layout(config, world_size)
+        check_inference_copy(config, generators or world_size)
+    _check_teacher_layout(config, generators or world_size)
     require(
         config.teacher is not None or command not in ("train", "generate"),
         f"`{command}` needs a teacher: add a teacher section with its architecture and load",
@@ -54,7 +59,8 @@ def validate(config: Config, world_size: int, command: str) -> None:
     _check_evaluation(config)
     check_data(config)
     check_interleaved(config, command, pipeline=pp, data=world_size // (tp * pp * cp))
-    check_experts(config, world_size, command, student=(tp, pp), teacher=teacher_sizes(config))
+    sizes = {"student": (world_size, tp, pp), "teacher": (generators or world_size, *teacher_sizes(config))}
+    check_experts(config, command, **sizes)
     check_engine(config, command, pipeline=pp)
     check_lora(config, command)
     if command in ("train", "sft"):

@@ -80,9 +80,10 @@ def _can_generate(config: Config, command: str) -> bool:
 
 
 def check_experts(
-    config: Config, world_size: int, command: str, *, student: tuple[int, int], teacher: tuple[int, int]
+    config: Config, command: str, *, student: tuple[int, int, int], teacher: tuple[int, int, int]
 ) -> None:
-    """Raise ConfigError where experts do not spread. ``student`` and ``teacher``: tensor and pipeline sizes."""
+    """Raise ConfigError where experts do not spread. ``student`` and ``teacher``: how many ranks have it, tensor and
+    pipeline size."""
     parallel, training = config.parallel, command in ("train", "sft")
     ahead = parallel.teacher_schedule == "ahead"
     require(
@@ -90,11 +91,11 @@ def check_experts(
         "parallel.teacher_expert_model_parallel_size needs parallel.teacher_schedule=ahead: in the shared schedule the "
         "teacher lives where the student does",
     )
-    models = [("student", config.student, student, expert_sizes(config, command, student[0]))]
+    models = [("student", config.student, student, expert_sizes(config, command, student[1]))]
     if command == "generate":
         models.clear()
     if config.teacher is not None and command in ("train", "generate"):
-        models.append(("teacher", config.teacher, teacher, teacher_expert_sizes(config, command, teacher[0])))
+        models.append(("teacher", config.teacher, teacher, teacher_expert_sizes(config, command, teacher[1])))
     require(
         not training
         or (parallel.expert_model_parallel_size == 1 and parallel.teacher_expert_model_parallel_size in (None, 1))
@@ -109,7 +110,7 @@ def check_experts(
         "parallel.expert_tensor_parallel_size is about experts that are spread: set "
         "parallel.expert_model_parallel_size above 1, or leave it out",
     )
-    for name, model, (_, pipeline), (spread, shared_by) in models:
+    for name, model, (world_size, _, pipeline), (spread, shared_by) in models:
         _check_model(name, model, world_size // max(1, pipeline), spread, shared_by)
     _check_load_balancing(config)
     if not training:
@@ -119,7 +120,7 @@ def check_experts(
         "parallel.expert_model_parallel_size above 1 needs optimizer.use_distributed_optimizer=true: the other "
         "optimizer's state cannot go from one layout of experts to another",
     )
-    tensor, _ = student
+    _, tensor, _ = student
     require(
         config.student.num_moe_experts is None or tensor == 1 or parallel.sequence_parallel,
         f"a student with experts trains with tensor_model_parallel_size {tensor} only where positions are spread too "

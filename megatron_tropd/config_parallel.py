@@ -44,5 +44,7 @@ class ParallelConfig:
     """teacher_schedule=ahead: where hidden states wait, on the device or in pinned host memory."""
     offload_teacher: bool = False
     """teacher_schedule=ahead: the teacher's layers are in host memory but for the time of a pass."""
+    generator_ranks: int | None = None
+    """training.one_step_off: the last this many ranks of the job generate and judge, the others train."""
     distributed_timeout_minutes: float = 30.0
     """Where ranks wait longer than this for one that hangs, the job ends and names it."""

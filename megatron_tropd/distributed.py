@@ -22,6 +22,8 @@ from megatron.core import parallel_state  # noqa: E402  (after the CPU backend)
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
+from megatron_tropd.sides import Link, Side, side_of  # noqa: E402
+
 
 def _megatron_globals() -> dict[str, Any]:
     return {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()}
@@ -59,6 +61,8 @@ class Layout:
     """torch.distributed was started for this layout, and ends with it."""
     megatron_globals: dict[str, Any] = field(repr=False)
     """Megatron's `parallel_state` in this layout."""
+    link: Link | None = field(default=None, repr=False)
+    """To the job's other side, where it has two: this layout is then of one of them alone."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -114,8 +118,11 @@ def initialize(
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
     context_parallel_size: int = 1,
+    side: Side | None = None,
 ) -> Layout:
     """Start torch.distributed (NCCL on GPUs, gloo on the CPU) and Megatron's groups; seed this rank.
+
+    With a ``side`` all of it, ranks and sizes included, is about the ranks of that side.
 
     Experts are spread over ``expert_model_parallel_size`` ranks of a pipeline stage, and each is cut over
     ``expert_tensor_parallel_size`` ranks (None: like a dense layer).
@@ -135,8 +142,7 @@ def initialize(
         torch.backends.cuda.enable_cudnn_sdp(False)
     owns_world = not dist.is_initialized()
     timeout = timedelta(minutes=timeout_minutes + 1)
-    if owns_world:
-        _start_world(timeout)
+    link = _start_world(timeout, side, device) if owns_world else None
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
@@ -148,11 +154,11 @@ def initialize(
         )
     seed_everything(seed)
     layout = _current_layout(device, timeout, owns_world, sequence_parallel)
-    return replace(layout, virtual_pipeline_size=virtual_pipeline_model_parallel_size)
+    return replace(layout, virtual_pipeline_size=virtual_pipeline_model_parallel_size, link=link)
 
 
-def _start_world(timeout: timedelta) -> None:
-    """``init_process_group`` with keys of this start alone.
+def _start_world(timeout: timedelta, side: Side | None, device: torch.device) -> Link | None:
+    """``init_process_group``, of one side where there are two, with keys of this start alone.
 
     torchrun keeps its store over ``--max-restarts``, and with it the addresses of ranks that are gone: a rank that
     looks before the new address is there would try to reach a dead one.
@@ -160,12 +166,21 @@ def _start_world(timeout: timedelta) -> None:
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("gloo" if ON_CPU else "nccl", store=store, rank=rank, world_size=size, timeout=timeout)
+    own = store if side is None else dist.PrefixStore(side.name, store)
+    if side is not None:
+        rank, size = side.rank, side.size
+    dist.init_process_group("gloo" if ON_CPU else "nccl", store=own, rank=rank, world_size=size, timeout=timeout)
+    return None if side is None else Link(dist.PrefixStore("link", store), side, device, timeout)
 
 
 def world_size() -> int:
     """Number of processes torchrun started; 1 without it. Known before any group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_side(num_generators: int) -> Side:
+    """This process's side where the job's last ``num_generators`` ranks generate; known before any group exists."""
+    return side_of(int(os.environ.get("RANK", "0")), world_size(), num_generators)
 
 
 def _current_layout(device: torch.device, timeout: timedelta, owns_world: bool, sequence_parallel: bool) -> Layout:
@@ -217,7 +232,8 @@ def another_layout(
             distributed_timeout_minutes=first.timeout.total_seconds() / 60,
         )
         sequence_parallel = first.sequence_parallel and tensor_model_parallel_size > 1
-        return _current_layout(first.device, first.timeout, owns_world=False, sequence_parallel=sequence_parallel)
+        layout = _current_layout(first.device, first.timeout, owns_world=False, sequence_parallel=sequence_parallel)
+        return replace(layout, link=first.link)
     finally:
         vars(parallel_state).update(first.megatron_globals)
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tropd.batch import balanced_shares
+from megatron_tropd.building import student_padded_vocab_size
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.distributed import Layout, active
-from megatron_tropd.models import padded_vocab_size
 from megatron_tropd.phases import Phases
 from megatron_tropd.refit import InferenceCopy, build_inference_copy, inference_layout
 from megatron_tropd.rollout import RolloutEngine, build_engine
-from megatron_tropd.run import Run, vocab_size
+from megatron_tropd.run import Run
 from megatron_tropd.step import Learner
 from megatron_tropd.types import Rollout, RolloutRequest
 
@@ -47,7 +47,7 @@ class Engines:
         """``seconds_refit`` since the last call, which ``phases`` counts too; empty without a copy."""
         if self.copy is None:
             return {}
-        seconds, self.copy.seconds = self.copy.seconds, 0.0
+        seconds = self.copy.pop_seconds()
         phases.add("refit", seconds)
         return {"seconds_refit": seconds}
 
@@ -61,21 +61,18 @@ class Engines:
 
 
 def training_engines(run: Run, learner: Learner) -> Engines:
-    """Those of a run that trains, on a copy where ``rollout.tensor_model_parallel_size`` asks for one."""
+    """Those of a run that trains, on a copy where ``rollout.tensor_model_parallel_size`` asks for one (with a side of
+    the job that generates it is there, and evaluations use the trainer's weights)."""
     config, student = run.config, learner.students[-1]
     tensor_parallel_size = config.rollout.tensor_model_parallel_size
-    if tensor_parallel_size is None:
+    if tensor_parallel_size is None or run.layout.link is not None:
         return Engines(student, run.layout)
     copy = build_inference_copy(
         config.student,
         learner.students,
         run.layout,
         inference_layout(run.layout, tensor_model_parallel_size=tensor_parallel_size),
-        padded_vocab_size=padded_vocab_size(
-            vocab_size(config.student, run.tokenizer),
-            divisible_by=config.student.make_vocab_size_divisible_by,
-            tensor_parallel_size=run.layout.tensor_parallel_size,
-        ),
+        padded_vocab_size=student_padded_vocab_size(run),
         max_sequence_length=run.max_sequence_length,
         dtype=run.dtype,
         check_interval=config.rollout.refit_check_interval,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tropd.building import load_student
 from megatron_tropd.checkpoint import latest_checkpoint
 from megatron_tropd.config import Config
 from megatron_tropd.config_checks import student_architecture
@@ -22,7 +23,7 @@ from megatron_tropd.estimators import Sample, summarize
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_prompt_file
 from megatron_tropd.rollout import RolloutEngine
-from megatron_tropd.run import Run, load_student, open_run, vocab_size
+from megatron_tropd.run import Run, open_run, vocab_size
 from megatron_tropd.sandbox import Limits
 from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Rollout, RolloutRequest

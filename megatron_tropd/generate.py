@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from megatron_tropd.answer_shards import Writer, open_writer
 from megatron_tropd.answers import AnswerHeader
+from megatron_tropd.building import load_teacher
 from megatron_tropd.config import Config, architecture
 from megatron_tropd.distributed import from_main
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts
 from megatron_tropd.rollout import RolloutEngine, build_engine
-from megatron_tropd.run import Run, load_teacher, open_run, vocab_size
+from megatron_tropd.run import Run, open_run, vocab_size
 from megatron_tropd.types import Rollout, RolloutRequest
 
 _OF_ANSWERS = ("max_response_length", "temperature", "top_p", "max_batch_size")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from megatron_tropd.integrity import CheckpointError
 from megatron_tropd.jsonl import DataError, read_objects
 from megatron_tropd.metrics import imbalance
 from megatron_tropd.rollout import RolloutEngine
+from megatron_tropd.rollout_records import integer, read_record, record_of
 from megatron_tropd.training_requests import Requests
 from megatron_tropd.trajectories import Trajectories, has_ended
 from megatron_tropd.types import Rollout
@@ -171,18 +171,7 @@ class PartialRollouts:
     def files(self) -> dict[str, str]:
         """The samples as JSON lines, after a line with the next sample's id; every token with its weights' version."""
         lines: list[dict[str, Any]] = [{"next_sample": self._next_sample or 0}]
-        lines += [
-            {
-                "sample_id": sample.request.sample_id,
-                "prefix": sample.request.prefix,
-                "response": sample.response,
-                "log_probs": sample.log_probs,
-                "entropies": sample.entropies,
-                "versions": runs(sample.versions),
-                "finished": sample.finished,
-            }
-            for sample in self._samples.values()
-        ]
+        lines += [record_of(sample) for sample in self._samples.values()]
         return {FILE: "".join(json.dumps(line) + "\n" for line in lines)}
 
     def restore(self, checkpoint: Path) -> None:
@@ -192,7 +181,7 @@ class PartialRollouts:
             return
         try:
             (_, head), *lines = read_objects(path)
-            self._next_sample = _integer(head["next_sample"])
+            self._next_sample = integer(head["next_sample"])
             samples = [self._read(line, self._next_sample) for _, line in lines]
         except (DataError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -202,24 +191,12 @@ class PartialRollouts:
         self._samples = {sample.request.sample_id: sample for sample in samples[: self._pace.num_in_flight]}
 
     def _read(self, line: dict[str, Any], next_sample: int) -> Rollout:
-        sample_id = _integer(line["sample_id"])
-        if sample_id >= next_sample:
-            raise ValueError(f"sample {sample_id} is not below {next_sample}, the next one")
-        response = tuple(map(_integer, line["response"]))
-        log_probs, entropies = tuple(map(float, line["log_probs"])), tuple(map(float, line["entropies"]))
-        counted = [(_integer(version), _integer(count)) for version, count in line["versions"]]
-        if {len(log_probs), sum(count for _, count in counted), len(entropies) or len(response)} != {len(response)}:
-            raise ValueError(f"sample {sample_id}: not one value for each token")
-        versions = tuple(chain.from_iterable([version] * count for version, count in counted))
-        request = self._requests.again(sample_id, tuple(map(_integer, line["prefix"])))
-        if not isinstance(finished := line["finished"], bool):
-            raise ValueError(f"sample {sample_id}: finished is {finished!r}")
-        return Rollout(request, response, log_probs, finished, entropies, versions)
-
-
-def runs(versions: Sequence[int]) -> list[list[int]]:
-    """[version, how many tokens] for each run of equal versions."""
-    return [[version, len(list(run))] for version, run in groupby(versions)]
+        sample = read_record(line, self._requests.again)
+        if sample.request.sample_id >= next_sample:
+            raise ValueError(f"sample {sample.request.sample_id} is not below {next_sample}, the next one")
+        if len(sample.versions) != len(sample.response):
+            raise ValueError(f"sample {sample.request.sample_id}: not one version for each token")
+        return sample
 
 
 def _exchange(pieces: Sequence[Rollout], group: dist.ProcessGroup) -> dict[int, tuple[Any, ...]]:
@@ -230,9 +207,3 @@ def _exchange(pieces: Sequence[Rollout], group: dist.ProcessGroup) -> dict[int, 
         everyone = [[] for _ in range(group.size())]
         dist.all_gather_object(everyone, mine, group=group)
     return {sample_id: tuple(piece) for found in everyone for sample_id, *piece in found}
-
-
-def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no count or id")
-    return value

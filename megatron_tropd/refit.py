@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from megatron_tropd.models import build_model, global_name, tensor_cut
 # isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding.copy_services import NCCLCopyService
+from megatron.core.resharding.copy_services.base import CopyService
 from megatron.core.resharding.execution import execute_reshard_plan
 from megatron.core.resharding.planner import build_plan_from_rosters, index_metadata_rosters
 from megatron.core.resharding.utils import ParameterMetadata, ReshardPlan
@@ -41,36 +43,64 @@ class RefitError(ValueError):
     """After a refit a tensor of the inference copy is not the trainer's."""
 
 
-class InferenceCopy:
-    """The student once more, for generation alone: no gradients, evaluation mode, in ``layout``.
+class Meeting(Protocol):
+    """The ranks between which weights move: those of a layout, or of both sides of a job (``sides.Link``)."""
 
-    Every rank calls each method.
-    """
+    rank: int
+    """This one's number among them."""
+    first: int
+    """The number of this process's first rank of torch.distributed."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """What each gives, by rank."""
+        ...
+
+    def copy_service(self) -> CopyService:
+        """Messages between them, as Megatron's resharding wants it."""
+        ...
+
+
+class _OneWorld:
+    """A ``Meeting`` of all ranks of a layout."""
+
+    def __init__(self, layout: Layout):
+        self.rank, self.first, self._size = layout.rank, 0, layout.world_size
+        self._messages = message_group(layout)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        everyone = [value] * self._size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def copy_service(self) -> CopyService:
+        # Megatron's NCCL service sends through whatever backend its group has; its gloo service asks for pinned memory.
+        return NCCLCopyService(group=self._messages)
+
+
+class Refit:
+    """Moves the trainer's weights over to a copy in another layout. Every rank that has a part of either calls each
+    method."""
 
     def __init__(
         self,
-        trainer: Sequence[GPTModel],
-        trainer_layout: Layout,
-        model: GPTModel,
-        layout: Layout,
+        trainer: tuple[Sequence[GPTModel], Layout] | None,
+        copy: tuple[GPTModel, Layout] | None,
+        meeting: Meeting,
         *,
         check_interval: int,
     ):
-        """``trainer`` is this rank's slice of the student, a model for each of its pipeline stages; ``model`` is the
-        copy's. Every ``check_interval``-th refit is checked, beginning with the first (0: none)."""
-        self.model = model
-        self.layout = layout
-        self.trainer_layout = trainer_layout
-        self.seconds = 0.0
-        """Time of all refits."""
-        self._source = torch.nn.ModuleList(trainer)
-        self._copy = torch.nn.ModuleList([model])
+        """``trainer`` is this rank's slice of the student, a model for each of its pipeline stages, ``copy`` that of
+        the copy; None where it has none. Every ``check_interval``-th refit is checked, beginning with the first (0:
+        none)."""
+        self._seconds = 0.0
+        self._source = torch.nn.ModuleList(trainer[0] if trainer else [])
+        self._copy = torch.nn.ModuleList([copy[0]] if copy else [])
+        self._layouts = trainer[1] if trainer else None, copy[1] if copy else None
+        self._meeting = meeting
         self._check_interval = check_interval
         self._version: int | None = None
         self._num_refits = 0
-        self._messages = message_group(trainer_layout)
-        # Megatron's NCCL service sends through whatever backend its group has; its gloo service asks for pinned memory.
-        self._service = NCCLCopyService(group=self._messages)
+        self._service = meeting.copy_service()
         self._plan = self._make_plan()
 
     def follow(self, version: int) -> None:
@@ -83,21 +113,27 @@ class InferenceCopy:
             self.check()
         self._num_refits += 1
         self._version = version
-        self.seconds += perf_counter() - started
+        self._seconds += perf_counter() - started
+
+    def pop_seconds(self) -> float:
+        """Time of all refits since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def refit(self) -> None:
         """Overwrite the copy with the trainer's weights."""
         torch.cuda.synchronize()  # Megatron copies on a stream of its own, which waits for no optimizer
-        execute_reshard_plan(self._plan, self._source, self._copy, service=self._service, group=self._messages)
+        execute_reshard_plan(self._plan, self._source, self._copy, service=self._service, group=self._service.group)
 
     def check(self) -> None:
         """Raise RefitError on every rank where a hash over a whole tensor is not the same on both sides.
 
         Every rank of either side that holds a tensor, or a shard of it, answers for it.
         """
-        mine = _whole_hashes(self._source, self.trainer_layout), _whole_hashes(self._copy, self.layout)
-        everyone = [mine] * self.layout.world_size
-        dist.all_gather_object(everyone, mine)
+        of_trainer, of_copy = self._layouts
+        everyone = self._meeting.all_gather(
+            (_whole_hashes(self._source, of_trainer), _whole_hashes(self._copy, of_copy))
+        )
         wanted: dict[str, tuple[int, int]] = {}
         for rank, (trainers, _) in enumerate(everyone):
             for name, found in trainers.items():
@@ -109,7 +145,7 @@ class InferenceCopy:
                         "guard.replica_check_interval=1, which names the rank at fault"
                     )
         for name, (value, _) in wanted.items():
-            ranks = [rank for rank, (_, copies) in enumerate(everyone) if copies[name] != value]
+            ranks = [rank for rank, (_, copies) in enumerate(everyone) if copies and copies[name] != value]
             if ranks:
                 raise RefitError(
                     f"{name}: after the refit the inference copy on {_listed(ranks)} is not the trainer's, so rollouts "
@@ -118,18 +154,36 @@ class InferenceCopy:
                 )
 
     def _make_plan(self) -> ReshardPlan:
-        mine = _describe(self._source, self.trainer_layout), _describe(self._copy, self.layout)
-        everyone = [mine] * self.layout.world_size
-        dist.all_gather_object(everyone, mine)
+        first, (of_trainer, of_copy) = self._meeting.first, self._layouts
+        everyone = self._meeting.all_gather(
+            (_describe(self._source, of_trainer, first), _describe(self._copy, of_copy, first))
+        )
         copies, trainers = index_metadata_rosters(everyone)
-        assert all(copy.keys() == trainers.keys() for copy in copies.values()), "the copy is of another model"
-        return build_plan_from_rosters(copies, trainers, dist.get_rank())
+        assert all(copy.keys() == trainers.keys() for copy in copies.values() if copy), "the copy is of another model"
+        return build_plan_from_rosters(copies, trainers, self._meeting.rank)
+
+
+class InferenceCopy(Refit):
+    """The student once more, for generation alone: no gradients, evaluation mode, in ``layout``."""
+
+    def __init__(
+        self,
+        trainer: tuple[Sequence[GPTModel], Layout] | None,
+        model: GPTModel,
+        layout: Layout,
+        meeting: Meeting,
+        *,
+        check_interval: int,
+    ):
+        super().__init__(trainer, (model, layout), meeting, check_interval=check_interval)
+        self.model = model
+        self.layout = layout
 
 
 def build_inference_copy(
     config: ModelConfig,
     trainer: Sequence[GPTModel],
-    trainer_layout: Layout,
+    trainer_layout: Layout | None,
     layout: Layout,
     *,
     padded_vocab_size: int,
@@ -141,7 +195,8 @@ def build_inference_copy(
     """The copy of ``trainer`` in ``layout`` (see `InferenceCopy`); it has no weights yet.
 
     ``padded_vocab_size`` is the trainer's, whose rows the copy has too; with ``lora`` it has adapters like the trainer.
-    Every rank calls it.
+    Every rank of the layout calls it. Without a ``trainer_layout`` the trainer is on the job's other side, which builds
+    its `Refit` at the same time.
     """
     with active(layout):
         model = build_model(
@@ -156,7 +211,11 @@ def build_inference_copy(
         if lora is not None:
             add_adapters(model, lora, layout, seed=0)
     model.requires_grad_(False).eval()
-    return InferenceCopy(trainer, trainer_layout, model, layout, check_interval=check_interval)
+    if trainer_layout is None:
+        assert layout.link is not None
+        return InferenceCopy(None, model, layout, layout.link, check_interval=check_interval)
+    own = trainer, trainer_layout
+    return InferenceCopy(own, model, layout, _OneWorld(trainer_layout), check_interval=check_interval)
 
 
 def inference_layout(trainer_layout: Layout, *, tensor_model_parallel_size: int) -> Layout:
@@ -177,11 +236,12 @@ def _parameters(
             yield f"{index}.{own_name}", name, parameter, tensor_cut(model, name, parameter)
 
 
-def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMetadata]:
-    """What Megatron's planner wants to know of every parameter of this rank."""
-    rank = dist.get_rank()
+def _describe(models: torch.nn.ModuleList, layout: Layout | None, first: int) -> list[ParameterMetadata]:
+    """What Megatron's planner wants to know of every parameter of this rank; rank 0 has the number ``first`` there."""
+    if layout is None:
+        return []
     tensor_ranks, data_ranks = (
-        [dist.get_process_group_ranks(group(is_expert=expert)) for expert in (False, True)]
+        [[first + rank for rank in dist.get_process_group_ranks(group(is_expert=expert))] for expert in (False, True)]
         for group in (layout.weight_group, layout.replica_group)
     )
     return [
@@ -194,7 +254,7 @@ def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMeta
             is_tp=dim is not None,
             partition_dim=dim or 0,
             partition_stride=num_blocks,
-            owner_rank=rank,
+            owner_rank=first + dist.get_rank(),
             tensor_parallel_group_ranks=tensor_ranks[is_expert(name)],
             data_parallel_group_ranks=data_ranks[is_expert(name)],
         )
@@ -205,8 +265,10 @@ def _describe(models: torch.nn.ModuleList, layout: Layout) -> list[ParameterMeta
 # ------------------------------------------------------------------------------------------------------- checksums
 
 
-def _whole_hashes(models: torch.nn.ModuleList, layout: Layout) -> dict[str, int]:
+def _whole_hashes(models: torch.nn.ModuleList, layout: Layout | None) -> dict[str, int]:
     """Global name to the hash of the whole tensor, of every tensor that this rank holds (a part of)."""
+    if layout is None:
+        return {}
     shards: dict[dist.ProcessGroup | None, dict[str, torch.Tensor]] = {}
     for _, name, parameter, (dim, num_blocks) in _parameters(models, layout):
         group = None if dim is None else layout.weight_group(is_expert=is_expert(name))

@@ -6,8 +6,8 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,40 +16,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd import distributed
-from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.checkpoint import Description, find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_tropd.config import Config, ConfigError, ModelConfig, architecture
 from megatron_tropd.config_checks import layout_sizes, teacher_sizes, validate
 from megatron_tropd.config_drift import snapshot
-from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes, virtual_pipeline_size
+from megatron_tropd.config_layout_checks import expert_sizes, virtual_pipeline_size
 from megatron_tropd.config_parser import config_text
+from megatron_tropd.config_sides import num_generators
 from megatron_tropd.determinism import enable_determinism
 from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.exports import drop_exports, export_reference, export_student, exports
-from megatron_tropd.guard import Guard
-from megatron_tropd.hf_config import HuggingFaceError, is_huggingface
+from megatron_tropd.hf_config import HuggingFaceError
 from megatron_tropd.integrity import write_durably
 from megatron_tropd.layer_spec import use_transformer_engine
-from megatron_tropd.models import build_model, build_teacher, padded_vocab_size
 from megatron_tropd.monitor import Monitor
-from megatron_tropd.objectives import Objective
-from megatron_tropd.optimization import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_tropd.pair import StudentTeacherStage
-from megatron_tropd.relabel import relabel_vocabulary
-from megatron_tropd.replicas import ReplicaCheck
-from megatron_tropd.special_tokens import map_special_tokens
 from megatron_tropd.step import Learner
-from megatron_tropd.teachers import TeachersAhead, base_as_teacher
 from megatron_tropd.tokenizer import Tokenizer
-from megatron_tropd.tokenizer_builder import build_tokenizers, check_tokenizer
+from megatron_tropd.tokenizer_builder import build_tokenizers
 from megatron_tropd.trackers import require_trackers
 from megatron_tropd.watchdog import Watchdog
-from megatron_tropd.weight_gather import WeightGather
-from megatron_tropd.weights import adapt, load_weights_of
 from megatron_tropd.writing import BackgroundWriter, on_main
-
-# isort: split
-from megatron.core.models.gpt import GPTModel
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +122,8 @@ def vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
 def open_run(config: Config, command: str) -> Iterator[Run]:
     """Check the config, start the process groups, catch SIGTERM; tear everything down at the end.
 
-    A config or tokenizer error is raised on every rank before any group exists.
+    A config or tokenizer error is raised on every rank before any group exists. With ``training.one_step_off`` the run
+    is that of this rank's side: the generators' has the teacher's layout, and logs in a folder of its own.
     """
     validate(config, distributed.world_size(), command)
     require_trackers(config)
@@ -144,7 +131,10 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     tokenizer, teacher_tokenizer = build_tokenizers(config.tokenizer)
     if command in ("train", "sft") and exports(config):
         export_reference(config, vocab_size=vocab_size(config.student, tokenizer))
-    tensor_parallel_size, pipeline_parallel_size = layout_sizes(config, command)
+    generators = num_generators(config, command)
+    side = distributed.own_side(generators) if generators else None
+    generates = side is not None and side.is_generator
+    tensor_parallel_size, pipeline_parallel_size = teacher_sizes(config) if generates else layout_sizes(config, command)
     expert_parallel_size, expert_tensor_size = expert_sizes(config, command, tensor_parallel_size)
     if config.training.deterministic:
         enable_determinism()
@@ -158,8 +148,9 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(config, command),
         expert_model_parallel_size=expert_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size,
+        side=side,
     )
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir) / ("generators" if generates else "")
     run = Run(config, layout, tokenizer, folder, teacher_tokenizer, Monitor(config, layout, folder, command))
 
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
@@ -195,160 +186,6 @@ def _refuse_what_is_not_here(config: Config) -> None:
                 f"{name}.fp8 {model.fp8} needs a GPU and Transformer Engine, which do not work here: leave it out, or "
                 "run in a container that has them"
             )
-
-
-def load_student(run: Run) -> list[GPTModel]:
-    """The student's slice on this rank, chunk by chunk, with the weights of ``student.load`` where it is set."""
-    build = partial(build_model, recompute=run.config.training.recompute, megatron_linears=run.config.lora.rank > 0)
-    return _load(
-        run,
-        run.layout,
-        run.config.student,
-        build,
-        run.tokenizer,
-        max_sequence_length=run.max_sequence_length,
-        seed=run.config.training.seed,
-    )
-
-
-def load_teacher(run: Run, layout: Layout | None = None, name: str = "") -> list[GPTModel]:
-    """The frozen teacher's slice on this rank, chunk by chunk, in the run's layout or its own. It speaks the student's
-    ids.
-
-    ``name`` is one of ``config.teachers``.
-    """
-    config = run.config.teacher
-    assert config is not None  # validate() has refused a run without
-    if name:
-        config = replace(config, load=run.config.teachers[name])
-    layout = layout or run.layout
-    teachers = _load(
-        run,
-        layout,
-        config,
-        build_teacher,
-        run.teacher_tokenizer,
-        max_sequence_length=run.max_teacher_length,
-        seed=run.config.training.seed + 1,
-    )
-    mapped = map_special_tokens(run.tokenizer, run.teacher_tokenizer, run.config.tokenizer.special_token_map)
-    for teacher in teachers:
-        relabel_vocabulary(teacher, mapped, layout.groups.tp)
-    return teachers
-
-
-def load_teachers_ahead(run: Run) -> TeachersAhead:
-    """The frozen teachers in a layout of their own, where its sizes differ from the student's."""
-    config, layout = run.config, run.layout
-    if layout.virtual_pipeline_size > 1:
-        layout = replace(layout, virtual_pipeline_size=1)  # a forward alone gains nothing by taking turns
-    assert config.teacher is not None
-    tensor_parallel_size, pipeline_parallel_size = teacher_sizes(config)
-    expert_parallel_size, expert_tensor_size = teacher_expert_sizes(config, "train", tensor_parallel_size)
-    sizes = (tensor_parallel_size, pipeline_parallel_size, expert_parallel_size)
-    if sizes != (layout.tensor_parallel_size, layout.pipeline_size, layout.expert_parallel_size):
-        layout = distributed.another_layout(
-            run.layout,
-            tensor_model_parallel_size=tensor_parallel_size,
-            pipeline_model_parallel_size=pipeline_parallel_size,
-            expert_model_parallel_size=expert_parallel_size,
-            expert_tensor_parallel_size=expert_tensor_size,
-        )
-    num_ids = vocab_size(config.teacher, run.teacher_tokenizer)
-    padded_num_ids = padded_vocab_size(
-        num_ids,
-        divisible_by=config.teacher.make_vocab_size_divisible_by,
-        tensor_parallel_size=run.layout.tensor_parallel_size,
-    )
-    teachers = {}
-    for name in ("", *config.teachers):
-        with distributed.active(layout):
-            (teacher,) = load_teacher(run, layout, name)
-        teachers[name] = TeacherAhead(
-            teacher,
-            layout,
-            run.layout,
-            num_ids=num_ids,
-            padded_num_ids=padded_num_ids,
-            hidden=config.parallel.teacher_hidden,
-            offload=config.parallel.offload_teacher,
-        )
-    return TeachersAhead(teachers)
-
-
-def _load(
-    run: Run,
-    layout: Layout,
-    config: ModelConfig,
-    build: Callable[..., GPTModel],
-    tokenizer: Tokenizer,
-    *,
-    max_sequence_length: int,
-    seed: int,
-) -> list[GPTModel]:
-    size = vocab_size(config, tokenizer)
-    chunks = [
-        build(
-            config,
-            layout,
-            vocab_size=size,
-            max_sequence_length=max_sequence_length,
-            dtype=run.dtype,
-            seed=seed if config.load is None else None,
-            chunk=chunk,
-        )
-        for chunk in range(layout.virtual_pipeline_size)
-    ]
-    if config.load is None:
-        if not any(parameter.requires_grad for parameter in chunks[0].parameters()):
-            logger.warning("teacher.load is not set: the teacher has random weights, and nothing worth learning")
-        return chunks
-    folder = Path(config.load)
-    if is_huggingface(folder):
-        check_tokenizer(tokenizer, folder, size)
-    allow, whole = run.config.training.allow_legacy_checkpoints, torch.nn.ModuleList(chunks)
-    load_weights_of(folder, whole, layout, config, vocab_size=size, tokenizer=tokenizer.fingerprint, allow_legacy=allow)
-    return chunks
-
-
-def build_learner(run: Run, objective: Objective, *, with_teacher: bool) -> Learner:
-    """Student (and teacher) as pipeline stages under DDP, with optimizer and scheduler."""
-    config = run.config
-    shares_schedule = config.parallel.teacher_schedule == "shared"
-    base_is_teacher = with_teacher and config.lora.base_is_teacher
-    shared_base, loads_teacher = base_is_teacher and shares_schedule, with_teacher and not base_is_teacher
-    ahead = load_teachers_ahead(run) if loads_teacher and not shares_schedule else None
-    students = load_student(run)
-    run.base = adapt(students, config, run.layout, vocab_size=vocab_size(config.student, run.tokenizer))
-    teachers = load_teacher(run) if loads_teacher and shares_schedule else [None] * len(students)
-    stages = [
-        StudentTeacherStage(student, teacher, output_head=config.training.output_head, base_is_teacher=shared_base)
-        for student, teacher in zip(students, teachers, strict=True)
-    ]
-    if base_is_teacher and not shares_schedule:
-        ahead = base_as_teacher(students[0], run.layout, hidden=config.parallel.teacher_hidden)
-    chunks = wrap_data_parallel(stages, config.optimizer, run.layout, overlap=not ON_CPU)
-    optimizer = build_optimizer(chunks, config.optimizer, run.layout, dtype=run.dtype)
-    sizes = [vocab_size(config.student, run.tokenizer)]
-    if with_teacher and config.teacher is not None:
-        sizes += [vocab_size(config.teacher, run.teacher_tokenizer), run.teacher_tokenizer.vocab_size]
-    return Learner(
-        chunks=chunks,
-        gather=WeightGather(chunks, overlap=config.optimizer.overlap_param_gather),
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters),
-        layout=run.layout,
-        objective=objective,
-        normalization=config.training.normalization,
-        fp32_logits=config.training.fp32_logits,
-        head_chunk_size=config.training.head_chunk_size,
-        max_log_prob_gap=config.training.max_log_prob_gap if with_teacher else None,
-        vocab_size=min(run.tokenizer.vocab_size, *sizes),
-        ahead=ahead,
-        guard=Guard(config.guard),
-        replicas=ReplicaCheck(config.guard.replica_check_interval, run.layout),
-        phases=run.monitor.phases,
-    )
 
 
 def resume(run: Run, learner: Learner, restore: Callable[[Path], None]) -> int:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.ahead import Judged
 from megatron_tropd.config_watch import GuardConfig
 from megatron_tropd.distributed import Layout
 from megatron_tropd.experts import LoadBalance
@@ -34,7 +33,8 @@ from megatron_tropd.pair import StudentTeacherStage, build_communicator, output_
 from megatron_tropd.phases import Phases
 from megatron_tropd.replicas import ReplicaCheck
 from megatron_tropd.sample_scores import SampleScores
-from megatron_tropd.teachers import TeachersAhead
+from megatron_tropd.teacher_pass import Judged
+from megatron_tropd.teachers import Judges
 from megatron_tropd.token_log import TokenLog
 from megatron_tropd.types import Batch, MicroBatch
 from megatron_tropd.vocab_parallel import OutputHead, distillation_loss, fused_head_loss
@@ -85,7 +85,7 @@ class Learner:
     """Compares the weights of data-parallel replicas before the optimizer moves; None: never."""
     phases: Phases = field(default_factory=Phases)
     """The clock that `schedule` and `optimizer` are taken with."""
-    ahead: TeachersAhead | None = None
+    ahead: Judges | None = None
     """The teachers, where they judge a batch before the student's schedule starts."""
     observe: TokenLog | None = None
     """Called on the last stage with every micro-batch and what the loss tells of its loss positions."""
@@ -94,10 +94,9 @@ class Learner:
     def sequence_multiple(self) -> int:
         """What the number of positions of a micro-batch must be a multiple of: two chunks for each context-parallel
         rank, each rank's part divisible over the tensor-parallel ranks where these cut it."""
-        layouts = [self.layout] if self.ahead is None else [self.layout, self.ahead.layout]
-        cuts = [layout.tensor_parallel_size for layout in layouts if layout.sequence_parallel]
+        own = self.layout.tensor_parallel_size if self.layout.sequence_parallel else 1
         parts = self.layout.context_parallel_size
-        return parts * math.lcm(2 if parts > 1 else 1, *cuts)
+        return parts * math.lcm(2 if parts > 1 else 1, own, self.ahead.sequence_cut if self.ahead is not None else 1)
 
     @property
     def stages(self) -> list[StudentTeacherStage]:
@@ -207,7 +206,7 @@ def _forward_step(
     batch, judged = next(micro_batches)
     student_output, teacher_output = model(batch)
     if learner.ahead is not None and judged is not None:
-        teacher_output = learner.ahead.rows(batch, judged)
+        teacher_output = judged.rows(learner.layout)
         if learner.stage.output_head == "logits":
             teacher_output = torch.nn.functional.linear(teacher_output, learner.ahead.head(batch))
     return student_output, partial(_micro_batch_loss, learner, scores, batch, teacher_output)

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
-from megatron_tropd.ahead import Judged, TeacherAhead
+from megatron_tropd.ahead import TeacherAhead
 from megatron_tropd.distributed import Layout
+from megatron_tropd.teacher_pass import Judged
 from megatron_tropd.types import Batch, MicroBatch
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
+
+
+class Judges(Protocol):
+    """Who has judged a batch when the student's schedule starts."""
+
+    @property
+    def seconds(self) -> float:
+        """Time the student has waited for the last batch's judgement."""
+        ...
+
+    sequence_cut: int
+    """What the number of positions of a micro-batch must be a multiple of for the teacher."""
+
+    def judge(self, batch: Batch) -> list[Judged | None]:
+        """What the teacher left of each micro-batch of this rank; None off the student's last stage. Every rank calls
+        it."""
+        ...
+
+    def head(self, batch: MicroBatch) -> torch.Tensor:
+        """The output weight ``[V, H]`` that goes with those of ``batch``; for the student's last stage."""
+        ...
 
 
 class TeachersAhead:
@@ -24,7 +46,8 @@ class TeachersAhead:
     def __init__(self, teachers: Mapping[str, TeacherAhead]):
         """The order of ``teachers`` is that of the passes: the same on every rank."""
         self.teachers = dict(teachers)
-        self.layout: Layout = next(iter(self.teachers.values())).layout
+        layout = next(iter(self.teachers.values())).layout
+        self.sequence_cut = layout.tensor_parallel_size if layout.sequence_parallel else 1
 
     @property
     def seconds(self) -> float:
@@ -40,10 +63,6 @@ class TeachersAhead:
             for index, one in zip(mine, found, strict=True):
                 judged[index] = one
         return judged
-
-    def rows(self, batch: MicroBatch, judged: Judged) -> torch.Tensor:
-        """``[N, H]`` of ``batch`` on the device, as `TeacherAhead.rows`."""
-        return self.teachers[batch.teacher].rows(judged)
 
     def head(self, batch: MicroBatch) -> torch.Tensor:
         """The output weight ``[V, H]`` that goes with them; for the student's last stage."""

@@ -13,21 +13,26 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_tropd.answers import AnswerStore
-from megatron_tropd.batch import answers_as_rollouts, build_batch, split_for_rank
+from megatron_tropd.apart import TeacherApart
+from megatron_tropd.batch import answers_as_rollouts, split_for_rank
+from megatron_tropd.building import batch_of_step, build_learner
 from megatron_tropd.config import Config, resolved_schedule
 from megatron_tropd.engines import Engines, training_engines
 from megatron_tropd.evaluate import Evaluator, check_prompts, verifier_options
 from megatron_tropd.exports import exports
+from megatron_tropd.generator import serve
 from megatron_tropd.guard import RefusedStepError
 from megatron_tropd.metrics import MetricsLog, padding_share, rollout_metrics
 from megatron_tropd.mixture import Mixture
 from megatron_tropd.objectives import Objective, preset
-from megatron_tropd.partial import runs
+from megatron_tropd.one_step_off import OneStepOff
 from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts, refuse_unshared
+from megatron_tropd.refit import Refit
 from megatron_tropd.report import plot_runs
+from megatron_tropd.rollout_records import runs
 from megatron_tropd.rollout_source import build_source
-from megatron_tropd.run import Run, build_learner, export, open_run, resume, save
+from megatron_tropd.run import Run, export, open_run, resume, save
 from megatron_tropd.selection import top_entropy_tokens
 from megatron_tropd.step import Learner, LogProbGapError, train_step
 from megatron_tropd.task_reward import task_advantages
@@ -52,9 +57,18 @@ def train(config: Config) -> None:
         if objective.task_reward:
             check_prompts(mixture.prompts, run.layout, verifier_options(config.evaluation))
         refuse_unshared(mixture.prompts, run.tokenizer, run.teacher_tokenizer)
-        store = _read_answers(run, mixture.prompts)
+        requests = Requests(config, mixture, _read_answers(run, mixture.prompts))
+        link = run.layout.link
+        if link is not None and link.side.is_generator:
+            serve(run, requests)
+            return
         learner = build_learner(run, objective, with_teacher=objective.needs_teacher)
         engines = training_engines(run, learner)
+        if link is not None:
+            source = _from_generators(run, learner, requests)
+            run_steps(run, learner, source, mixture, engines)
+            source.close()
+            return
         engine = engines.build(
             config.rollout,
             vocab_size=learner.vocab_size,
@@ -62,17 +76,35 @@ def train(config: Config) -> None:
             seed=config.training.seed,
             with_entropies=objective.entropy_share < 1,
         )
-
-        source = build_source(
-            config, run.layout, engine, Requests(config, mixture, store), before_generating=learner.gather.finish
+        run_steps(
+            run,
+            learner,
+            build_source(config, run.layout, engine, requests, before_generating=learner.gather.finish),
+            mixture,
+            engines,
         )
-        run_steps(run, learner, source, mixture, engines)
+
+
+def _from_generators(run: Run, learner: Learner, requests: Requests) -> OneStepOff:
+    config, layout = run.config, run.layout
+    assert layout.link is not None and isinstance(learner.ahead, TeacherApart)
+    trained = learner.students, layout
+    return OneStepOff(
+        layout,
+        requests,
+        Refit(trained, None, layout.link, check_interval=config.rollout.refit_check_interval),
+        learner.ahead,
+        train_iters=config.training.train_iters,
+        version=lambda: int(learner.scheduler.num_steps),
+        before_sending=learner.gather.finish,
+    )
 
 
 def _objective(config: Config) -> Objective:
     options = {name: value for name, value in asdict(config.objective_options).items() if value is not None}
     partial = config.rollout.partial_tokens is not None and config.rollout.partial_learn_from == "finished"
-    if (config.training.steps_per_rollout > 1 or partial) and preset(config.objective, **options).has_policy_gradient:
+    is_stale = config.training.steps_per_rollout > 1 or config.training.one_step_off or partial
+    if is_stale and preset(config.objective, **options).has_policy_gradient:
         options = PPO_CLIP | options
     return preset(config.objective, **options)
 
@@ -209,17 +241,11 @@ def _one_step(run: Run, learner: Learner, source: TrajectorySource, mixture: Mix
             judges=layout.is_model_replica_leader,
             group=dist.group.WORLD,
         )
-    batch = build_batch(
+    batch = batch_of_step(
+        run,
         rollouts,
-        step=step,
-        seed=training.seed,
-        micro_batch_size=training.micro_batch_size,
-        micro_batch_tokens=training.micro_batch_tokens,
-        sequence_packing=training.sequence_packing,
-        num_micro_batches=training.global_batch_size // (training.micro_batch_size * layout.data_parallel_size),
-        pad_id=run.tokenizer.pad_id,
-        max_sequence_length=run.max_sequence_length,
-        normalization=training.normalization,
+        step,
+        data_parallel_size=layout.data_parallel_size,
         pad_to_multiple_of=learner.sequence_multiple,
         context_parallel_size=layout.context_parallel_size,
         selected=selected,

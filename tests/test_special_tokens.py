@@ -227,9 +227,10 @@ def test_gradients_against_a_dense_teacher_with_its_ids_changed(
 
 
 def _generate_and_train(path: str) -> None:
+    from megatron_tropd.building import load_teacher, load_teachers_ahead
     from megatron_tropd.config_parser import load_config
     from megatron_tropd.generate import generate
-    from megatron_tropd.run import load_teacher, load_teachers_ahead, open_run
+    from megatron_tropd.run import open_run
     from megatron_tropd.trainer import train
 
     config = load_config(path)

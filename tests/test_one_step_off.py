@@ -1,0 +1,253 @@
+"""One step off: two sides of a job do what one would that generates a step ahead, and continue bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tropd.config import ConfigError
+from megatron_tropd.config_checks import validate
+from megatron_tropd.config_parser import load_config
+from tests import test_run
+from tests.ranks import run_ranks
+from tests.test_run import _metrics, _weights, config_file
+
+data = test_run.data
+
+TWO_SIDES: dict[str, Any] = {
+    "parallel": {"teacher_schedule": "ahead", "generator_ranks": 1},
+    "rollout": {"tensor_model_parallel_size": 1, "refit_check_interval": 1},
+    "training": {"one_step_off": True, "train_iters": 4, "save_interval": 2, "micro_batch_size": 4},
+    "guidance": {"max_prefix_length": 2},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 + 1": (2, {}),
+    "tensor 2 + tensor 2": (
+        4,
+        {
+            "parallel": {
+                "generator_ranks": 2,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "teacher_tensor_model_parallel_size": 2,
+            },
+            "rollout": {"tensor_model_parallel_size": 2},
+        },
+    ),
+    "pipeline 2 x data 2 + replicas": (
+        6,
+        {
+            "parallel": {
+                "generator_ranks": 2,
+                "pipeline_model_parallel_size": 2,
+                "teacher_pipeline_model_parallel_size": 1,
+                "teacher_hidden": "host",
+                "offload_teacher": True,
+            },
+        },
+    ),
+}
+
+
+def _config(folder: Path, data: Path, **sections: Any) -> Path:
+    merged = {name: {**TWO_SIDES.get(name, {}), **sections.get(name, {})} for name in {*TWO_SIDES, *sections}}
+    return config_file(folder, data, **merged)
+
+
+# ------------------------------------------------------------------------------------------------- inside ranks
+
+
+def _train(path: str, overrides: tuple[str, ...] = ()) -> None:
+    from megatron_tropd.trainer import train
+
+    train(load_config(path, list(overrides)))
+
+
+def _train_a_step_ahead(path: str) -> None:
+    """The same on one side: what the next step learns from is generated before this one trains."""
+    from megatron_tropd import trainer
+    from megatron_tropd.trajectories import Trajectories
+
+    build_source = trainer.build_source
+
+    class Ahead:
+        def __init__(self, config: Any, *args: Any, **options: Any):
+            self.source, self.end = build_source(config, *args, **options), config.training.train_iters
+            self.next: Trajectories | None = None
+
+        def take(self, step: int, batch: int) -> Trajectories:
+            found = self.next or self.source.take(step, batch)
+            if step + 1 < self.end:
+                made = self.source.take(step + 1, batch + 1)
+                stamped = [replace(one, versions=(step,) * len(one.response)) for one in made.rollouts]
+                self.next = replace(made, rollouts=stamped)
+            return found
+
+        def can_pause(self) -> bool:
+            return True
+
+        def files(self) -> dict[str, str]:
+            return {}
+
+        def restore(self, checkpoint: Path) -> None:
+            raise AssertionError("not resumed here")
+
+    trainer.build_source = Ahead  # type: ignore[assignment]
+    objective = trainer._objective
+    trainer._objective = lambda config: objective(  # type: ignore[assignment]
+        replace(config, training=replace(config.training, one_step_off=True))
+    )
+    trainer.train(load_config(path, []))
+
+
+def _die(path: str, rank: int, at_step: int) -> None:
+    import os
+    import signal
+
+    from megatron_tropd import generator
+    from megatron_tropd import step as step_module
+
+    def kill(original: Any, step: Any) -> Any:
+        def or_die(*args: Any, **options: Any) -> Any:
+            if int(os.environ["RANK"]) == rank and step(*args) == at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **options)
+
+        return or_die
+
+    step_module._refuse_non_finite = kill(step_module._refuse_non_finite, lambda learner, batch, *_: batch.step)
+    generator.Generator._inputs = kill(  # type: ignore[method-assign]
+        generator.Generator._inputs, lambda _, rollouts, step: step
+    )
+    _train(path)
+
+
+def _refuse_once(path: str, at_step: int) -> None:
+    from megatron_tropd import trainer
+    from megatron_tropd.guard import RefusedStepError
+
+    train_step, refused = trainer.train_step, []
+
+    def or_refuse(learner: Any, batch: Any) -> dict[str, float]:
+        if batch.step == at_step and not refused:
+            refused.append(at_step)
+            raise RefusedStepError("this one", ())
+        return train_step(learner, batch)
+
+    trainer.train_step = or_refuse  # type: ignore[assignment]
+    _train(path)
+
+
+# -------------------------------------------------------------------------------------------------------- tests
+
+
+def _samples(run: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("one_step_off")
+    reference = config_file(
+        folder / "reference", data,
+        parallel={"teacher_schedule": "ahead"},
+        training={"train_iters": 4, "save_interval": 2, "micro_batch_size": 4},
+        guidance=TWO_SIDES["guidance"],
+    )  # fmt: skip
+    run_ranks(1, _train_a_step_ahead, str(reference), init_process_group=False)
+    found = {"reference": folder / "reference" / "run"}
+    for name, (size, sections) in LAYOUTS.items():
+        path = _config(folder / name, data, **sections)
+        run_ranks(size, _train, str(path), init_process_group=False, timeout=180)
+        found[name] = folder / name / "run"
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_sides_do_what_one_does_that_generates_a_step_ahead(runs: dict[str, Path], name: str) -> None:
+    reference, found = _metrics(runs["reference"]), _metrics(runs[name])
+    assert [line["step"] for line in found] == [line["step"] for line in reference]
+    for wanted, line in zip(reference[:4], found[:4], strict=True):
+        for key in {
+            "loss",
+            "grad_norm",
+            "outlier_share",
+            "stale_token_share",
+            "log_prob_gap",
+            "accuracy",
+        } & wanted.keys():
+            assert line[key] == pytest.approx(wanted[key], rel=2e-3, abs=1e-5), (name, line["step"], key)
+    assert [line["rollout_age"] for line in found[:4]] == [0.0, 1.0, 1.0, 1.0]
+    assert found[0]["stale_token_share"] == 0 and found[1]["stale_token_share"] == 1
+    assert _samples(runs[name], 0) == _samples(runs["reference"], 0) or name != "1 + 1"
+
+
+def test_a_killed_rank_ends_the_job_which_then_continues_bit_for_bit(
+    runs: dict[str, Path], tmp_path: Path, data: Path
+) -> None:
+    import torch
+
+    for name, rank in (("trainer", 0), ("generator", 1)):
+        path = _config(tmp_path / name, data)
+        with pytest.raises(AssertionError, match="ended without a word"):
+            run_ranks(2, _die, str(path), rank, 3, init_process_group=False)
+        checkpoints = tmp_path / name / "run" / "checkpoints"
+        head, *samples = [json.loads(line) for line in (checkpoints / "step_2" / "next_rollouts.jsonl").open()]
+        assert {name: head[name] for name in ("step", "batch", "weights_of")} == {
+            "step": 2,
+            "batch": 2,
+            "weights_of": 1,
+        }
+        assert len(samples) == 16
+        assert all(version == 1 for sample in samples for version, _ in sample["versions"])
+        run_ranks(2, _train, str(path), init_process_group=False)
+        wanted, found = _weights(runs["1 + 1"]), _weights(tmp_path / name / "run")
+        assert wanted.keys() == found.keys()
+        for key, tensor in wanted.items():
+            assert torch.equal(tensor, found[key]), (name, key)
+        assert _metrics(runs["1 + 1"]) == _metrics(tmp_path / name / "run")
+        assert all(_samples(runs["1 + 1"], step) == _samples(tmp_path / name / "run", step) for step in range(4))
+
+
+def test_after_a_rollback_rollouts_are_of_the_weights_of_then(tmp_path: Path, data: Path) -> None:
+    path = _config(tmp_path, data, guard={"on_refused": "rollback"})
+    run_ranks(2, _refuse_once, str(path), 3, init_process_group=False)
+    steps = [line for line in _metrics(tmp_path / "run") if "loss" in line]
+    # Step 2 a second time, with the fifth batch, for which nothing was prepared; then a step ahead again.
+    assert [line["step"] for line in steps] == [0, 1, 2, 3]
+    assert [line["rollout_age"] for line in steps] == [0, 1, 0, 1]
+    assert max(line["log_prob_gap"] for line in steps if line["rollout_age"] == 0) < 1e-5
+    assert _samples(tmp_path / "run", 2)[0]["sample_id"] == 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"generator_ranks": None}}, "needs parallel.generator_ranks"),
+        ({"parallel": {"generator_ranks": 2}}, "generator_ranks 2 of 2 processes leaves none"),
+        ({"training": {"one_step_off": False}}, "needs training.one_step_off=true"),
+        ({"parallel": {"teacher_schedule": "shared"}}, "set parallel.teacher_schedule=ahead"),
+        ({"rollout": {"tensor_model_parallel_size": None}}, "set rollout.tensor_model_parallel_size"),
+        ({"rollout": {"partial_tokens": 2}}, "rollout.partial_tokens is not offered"),
+        ({"training": {"steps_per_rollout": 2}}, "training.steps_per_rollout is not offered"),
+        ({"rollout": {"tensor_model_parallel_size": 2}}, "1 processes cannot be split into rollout.tensor"),
+        ({"parallel": {"teacher_tensor_model_parallel_size": 2}}, "1 processes cannot be split into the teacher's"),
+        ({"lora": {"rank": 4}}, "lora.rank is not offered"),
+    ],
+)
+def test_what_cannot_be_one_step_off_is_refused(
+    tmp_path: Path, data: Path, sections: dict[str, Any], message: str
+) -> None:
+    path = _config(tmp_path, data, **sections)
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(path, []), 2, "train")
+
+
+def test_other_commands_use_all_ranks(tmp_path: Path, data: Path) -> None:
+    config = load_config(_config(tmp_path, data), [])
+    for command in ("sft", "evaluate", "generate"):
+        validate(config, 1, command)
