@@ -17,6 +17,7 @@ from megatron_tropd.pair import StudentTeacherStage
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -81,7 +82,9 @@ def build_optimizer(
     )
     chunks[0].module.module.config.grad_scale_func = optimizer.scale_loss
     for inner in _inner_optimizers(optimizer):
-        if isinstance(inner.optimizer, torch.optim.Adam):
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):
+            _start_hybrid(inner.optimizer)
+        elif isinstance(inner.optimizer, torch.optim.Adam):
             _start_adam(inner.optimizer)
     return optimizer
 
@@ -99,6 +102,15 @@ def _start_adam(adam: torch.optim.Adam) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def _start_hybrid(hybrid: HybridDeviceOptimizer) -> None:
+    """The same of an optimizer that has its parameters in several others, on host and device. Megatron itself starts
+    the kinds that are not torch's, by a step with random gradients."""
+    if all(isinstance(part, torch.optim.Adam) for part in hybrid.sub_optimizers):
+        for part in hybrid.sub_optimizers:
+            _start_adam(part)
+        hybrid._sync_sub_optimizers_state_to_hdo()
 
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
