@@ -16,6 +16,7 @@ from megatron_tropd.answers import AnswerStore
 from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
 from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
 from megatron_tropd.config_checks import problems
+from megatron_tropd.config_sides import num_generators
 from megatron_tropd.exports import export_reference, exports
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
@@ -23,9 +24,9 @@ from megatron_tropd.megatron_lm import check_arguments, iteration_in
 from megatron_tropd.planner import (
     Sizes,
     element_bytes,
+    job_memory,
     micro_batch_rows,
     model_parameters,
-    rank_memory,
     rollout_layout,
     stage_adapter_parameters,
     stage_parameters,
@@ -198,8 +199,9 @@ def describe(config: Config, world_size: int) -> str:
     """The plan of a valid config as text: layout, parameters, tokens of a step, memory of each pipeline stage."""
     config = with_vocab_sizes(config, *build_tokenizers(config.tokenizer))
     parallel, training, rollout = config.parallel, config.training, config.rollout
-    layout, own = student_layout(config, world_size), teacher_layout(config, world_size)
-    generating = rollout_layout(config, world_size)
+    generators = num_generators(config, "train")
+    layout = student_layout(config, world_size - generators)
+    own, generating = (find(config, generators or world_size) for find in (teacher_layout, rollout_layout))
     length = config.data.max_prompt_length + rollout.max_response_length
     rows, chunks = micro_batch_rows(config), parallel.virtual_pipeline_model_parallel_size
     num_micro_batches = math.ceil(training.global_batch_size / (rows * layout.data))
@@ -208,6 +210,11 @@ def describe(config: Config, world_size: int) -> str:
         packing = f", fewer of more where sequences are shorter ({training.micro_batch_tokens:,} positions)"
     lines = [
         f"run        {config.objective}, {training.train_iters} steps, in {config.output_dir}",
+        *(
+            [f"sides      {layout.world} ranks train, {generators} generate and judge the step after"]
+            if generators
+            else []
+        ),
         f"layout     {_sizes(layout)}"
         + ", sequence parallel" * parallel.sequence_parallel
         + f", {chunks} chunks a pipeline rank" * (chunks > 1),
@@ -267,7 +274,7 @@ def with_vocab_sizes(config: Config, tokenizer: Tokenizer, teacher_tokenizer: To
 
 def memory_table(config: Config, world_size: int) -> list[str]:
     """Components that are not 0 on some rank, in GB, one column for each kind of rank."""
-    kinds = rank_memory(config, world_size)
+    kinds = job_memory(config, world_size)
     names = next(iter(kinds.values())).components()
     rows = {name: [kind.components()[name] for kind in kinds.values()] for name in names}
     rows["peak"] = [kind.peak for kind in kinds.values()]

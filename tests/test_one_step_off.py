@@ -251,3 +251,51 @@ def test_other_commands_use_all_ranks(tmp_path: Path, data: Path) -> None:
     config = load_config(_config(tmp_path, data), [])
     for command in ("sft", "evaluate", "generate"):
         validate(config, 1, command)
+
+
+def test_the_plan_knows_both_sides(tmp_path: Path, data: Path) -> None:
+    """The ranks that train are those of a job without the rest, the others hold teacher, copy and cache alone."""
+    from megatron_tropd.planner import job_memory, job_time, rank_memory, stage_parameters
+    from megatron_tropd.planner.hardware import GPUS, Assumptions
+
+    config = load_config(_config(tmp_path, data, parallel={"generator_ranks": 4, "tensor_model_parallel_size": 2}), [])
+    student, teacher = (replace(model, vocab_size=12) for model in (config.student, config.teacher) if model)
+    parallel = replace(config.parallel, teacher_tensor_model_parallel_size=4)
+    config = replace(config, student=student, teacher=teacher, parallel=parallel)
+    memory = job_memory(config, 8)
+    assert list(memory) == ["trains, stage 0", "generates, stage 0"]
+    trains, generates = memory.values()
+    plain = replace(config, parallel=replace(parallel, teacher_schedule="shared", generator_ranks=None), teacher=None)
+    (alone,) = rank_memory(plain, 4).values()
+    for name in ("student_weights", "gradients", "optimizer", "activations"):
+        assert getattr(trains, name) == getattr(alone, name) and getattr(generates, name) == 0
+    assert trains.student_copy == 0 and 0 < trains.teacher_weights < generates.teacher_weights
+    assert generates.teacher_weights == 2 * stage_parameters(teacher, 4, 1)[0]
+    assert generates.student_copy == 2 * stage_parameters(student, 1, 1)[0] and generates.kv_cache > 0
+    time = job_time(config, 8, GPUS["H100"], Assumptions())
+    sides = time.rollout + time.teacher, time.student + time.bubble + time.gradients + time.optimizer
+    assert time.total == pytest.approx(max(sides) + time.refit + time.transfer)
+
+
+def test_rollouts_of_a_damaged_checkpoint_are_refused(tmp_path: Path) -> None:
+    from megatron_tropd.integrity import CheckpointError
+    from megatron_tropd.one_step_off import FILE, OneStepOff
+
+    source = OneStepOff.__new__(OneStepOff)
+    source._requests = type("Requests", (), {"again": staticmethod(lambda *_: None)})()  # type: ignore[assignment]
+    source.restore(tmp_path)  # an older one has none
+    head = {"step": 2, "batch": 2, "weights_of": 1, "metrics": {}}
+    sample = {"sample_id": 1, "prefix": [], "response": [3, 4], "log_probs": [-1.0, -2.0], "entropies": [],
+              "versions": [[1, 2]], "finished": True}  # fmt: skip
+    for change in ({"response": [3]}, {"log_probs": [None, 1]}, {"versions": [[1, 1]]}, {"finished": 1}, {"prefix": 3}):
+        lines = [head, sample | change]
+        (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            source.restore(tmp_path)
+    for bad in ({"step": -1}, {"metrics": []}, {"weights_of": None}):
+        (tmp_path / FILE).write_text(json.dumps(head | bad) + "\n")
+        with pytest.raises(CheckpointError, match="is damaged"):
+            source.restore(tmp_path)
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in (head, sample)))
+    source.restore(tmp_path)
+    assert source._given is not None and source._given.rollouts[0].versions == (1, 1)

@@ -15,6 +15,7 @@ from megatron_tropd.planner.memory import (
     weight_bytes,
 )
 from megatron_tropd.planner.parameters import model_parameters, stage_layers, stage_parameters
+from megatron_tropd.planner.sides import generators_of, job_memory, job_time, trainers_of
 
 __all__ = [
     "LayerSpec",
@@ -22,6 +23,9 @@ __all__ = [
     "Sizes",
     "activation_bytes",
     "element_bytes",
+    "generators_of",
+    "job_memory",
+    "job_time",
     "micro_batch_rows",
     "model_parameters",
     "rank_memory",
@@ -31,5 +35,6 @@ __all__ = [
     "stage_parameters",
     "student_layout",
     "teacher_layout",
+    "trainers_of",
     "weight_bytes",
 ]

@@ -33,7 +33,7 @@ from megatron_tropd.planner.parameters import (
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds, one after the other."""
+    """Seconds, one after the other but for what is hidden."""
 
     rollout: float
     """The student's generation."""
@@ -51,16 +51,21 @@ class StepTime:
     """Teacher ahead: its hidden states to the student's ranks, and what comes from host memory."""
     refit: float
     """Weights into the inference copy, as if none were on its rank already; 0 where the engine reads the trainer's."""
+    hidden: float = 0.0
+    """One step off: what the side of the job that is done first takes, which the other hides."""
 
     @property
     def total(self) -> float:
         """The step."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(float(getattr(self, name)) for name in self._parts()) - self.hidden
 
     @property
     def limit(self) -> str:
         """The largest part."""
-        return max((field.name for field in fields(self)), key=lambda name: float(getattr(self, name)))
+        return max(self._parts(), key=lambda name: float(getattr(self, name)))
+
+    def _parts(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name != "hidden"]
 
 
 @dataclass(frozen=True)

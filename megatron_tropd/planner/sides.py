@@ -1,0 +1,137 @@
+"""A job with two sides (``training.one_step_off``): memory and time of each, from those of jobs that have one.
+
+What trains is a job without a teacher and without generation, but for what it keeps of the teacher; what generates is a
+job without training. They work at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from megatron_tropd.config import Config
+from megatron_tropd.config_sides import num_generators
+from megatron_tropd.planner.activations import LayerSpec
+from megatron_tropd.planner.hardware import Assumptions, Gpu
+from megatron_tropd.planner.memory import (
+    RankMemory,
+    copy_bytes,
+    element_bytes,
+    micro_batch_rows,
+    rank_memory,
+    rollout_layout,
+    student_layout,
+    teacher_layout,
+)
+from megatron_tropd.planner.parameters import padded_vocabulary
+from megatron_tropd.planner.timing import StepTime, lengths, micro_batch_seconds, rollout_seconds, step_time
+
+
+def trainers_of(config: Config) -> Config:
+    """The ranks that train, as a job of their own whose teacher is ahead and takes no memory for itself."""
+    parallel = replace(
+        config.parallel,
+        generator_ranks=None,
+        teacher_tensor_model_parallel_size=None,
+        teacher_pipeline_model_parallel_size=None,
+        offload_teacher=True,
+    )
+    return _one_side(
+        replace(config, parallel=parallel, rollout=replace(config.rollout, tensor_model_parallel_size=None))
+    )
+
+
+def generators_of(config: Config) -> Config:
+    """The ranks that generate and judge, as a job of their own that trains in the teacher's layout."""
+    parallel = config.parallel
+    tensor, pipeline = parallel.teacher_tensor_model_parallel_size, parallel.teacher_pipeline_model_parallel_size
+    own = replace(
+        parallel,
+        generator_ranks=None,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size if tensor is None else tensor,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size if pipeline is None else pipeline,
+    )
+    student = replace(config.student, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None)
+    return _one_side(replace(config, parallel=own, student=student))
+
+
+def _one_side(config: Config) -> Config:
+    return replace(config, training=replace(config.training, one_step_off=False))
+
+
+def job_memory(
+    config: Config, world_size: int, *, layer_spec: LayerSpec = "transformer-engine"
+) -> dict[str, RankMemory]:
+    """``rank_memory`` of a job, whose ranks are of more kinds where it has two sides."""
+    count = num_generators(config, "train")
+    if not count:
+        return rank_memory(config, world_size, layer_spec=layer_spec)
+    found: dict[str, RankMemory] = {}
+    trainers = trainers_of(config)
+    evaluates = config.data.validation is not None or bool(config.evaluation.files)
+    last_stage = f"stage {student_layout(trainers, world_size - count).pipeline - 1}"
+    for name, memory in rank_memory(trainers, world_size - count, layer_spec=layer_spec).items():
+        found[f"trains, {name}"] = replace(
+            memory,
+            teacher_weights=_head_bytes(config) if name == last_stage else 0,
+            teacher_pass=0,
+            kv_cache=memory.kv_cache if evaluates else 0,
+            prefill=memory.prefill if evaluates else 0,
+        )
+    unused = (
+        "student_weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "teacher_hidden",
+        "head",
+        "logits",
+        "workspace",
+    )
+    generators = generators_of(config)
+    for name, memory in rank_memory(generators, count, layer_spec=layer_spec).items():
+        found[f"generates, {name}"] = replace(memory, student_copy=copy_bytes(config), **dict.fromkeys(unused, 0))
+    return found
+
+
+def _head_bytes(config: Config) -> int:
+    """The teacher's output weight, cut for the ranks that train."""
+    teacher, tensor = config.teacher, config.parallel.tensor_model_parallel_size
+    if teacher is None:
+        return 0
+    return padded_vocabulary(teacher, tensor) // tensor * teacher.hidden_size * element_bytes(config)
+
+
+def job_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
+    """``step_time`` of a job, in which one side hides behind the other where there are two."""
+    count = num_generators(config, "train")
+    if not count:
+        return step_time(config, world_size, gpu, assumed)
+    trainers, generators = trainers_of(config), generators_of(config)
+    train = step_time(replace(trainers, teacher=None), world_size - count, gpu, assumed)
+    trained = train.student + train.bubble + train.gradients + train.optimizer
+    rollout = rollout_seconds(generators, rollout_layout(config, count), gpu, assumed)
+    teacher = 0.0
+    if config.teacher is not None:
+        layout = teacher_layout(generators, count)
+        one = micro_batch_seconds(generators, config.teacher, layout, 1, 2, gpu, assumed)
+        passes = math.ceil(config.training.global_batch_size / micro_batch_rows(config) / layout.data)
+        teacher = (passes + layout.pipeline - 1) * one
+    link = (gpu.nvlink if world_size <= gpu.per_node else gpu.network) * assumed.network_efficiency
+    return replace(
+        train,
+        rollout=rollout,
+        teacher=teacher,
+        transfer=_hidden_bytes(config, world_size - count, assumed) / link,
+        refit=copy_bytes(config) / link,
+        hidden=min(trained, rollout + teacher),
+    )
+
+
+def _hidden_bytes(config: Config, num_trainers: int, assumed: Assumptions) -> float:
+    """The teacher's hidden states for a rank of the student's last stage."""
+    if config.teacher is None:
+        return 0.0
+    layout = student_layout(trainers_of(config), num_trainers)
+    rows = config.training.global_batch_size * lengths(config, assumed).response / layout.replicas / layout.tensor
+    return rows * config.teacher.hidden_size * element_bytes(config)
