@@ -69,14 +69,10 @@ def check_interleaved(config: Config, command: str, *, pipeline: int, data: int)
     )
 
 
-def generates(config: Config, command: str) -> bool:
-    """Whether ``command`` generates; `sft` does to evaluate alone."""
-    return command != "sft" or config.data.validation is not None or bool(config.evaluation.files)
-
-
 def _can_generate(config: Config, command: str) -> bool:
     """Whether there is a copy to generate with during training, or nothing to generate."""
-    return config.rollout.tensor_model_parallel_size is not None or not generates(config, command)
+    generates = command == "train" or config.data.validation is not None or bool(config.evaluation.files)
+    return config.rollout.tensor_model_parallel_size is not None or not generates
 
 
 def check_experts(

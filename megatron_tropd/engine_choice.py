@@ -6,14 +6,15 @@ describes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_tropd.config import Config, ConfigError
 from megatron_tropd.config_context import context_parallel_size
-from megatron_tropd.config_layout_checks import expert_sizes, generates
+from megatron_tropd.config_layout_checks import expert_sizes
 from megatron_tropd.config_require import require
 from megatron_tropd.config_rollout import RolloutConfig
+from megatron_tropd.config_sides import num_generators
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ def _require_offered(rollout: RolloutConfig, place: Place) -> None:
 
 def check_engine(config: Config, command: str, *, pipeline: int) -> None:
     """Raise ConfigError where the engine asked for is not offered; ``pipeline``: of the layout that starts."""
-    if generates(config, command):
-        _require_offered(config.rollout, generation_place(config, command, pipeline=pipeline))
+    places = [generation_place(config, command, pipeline=pipeline)]
+    if num_generators(config, command):  # evaluations use the trainer's weights
+        places.append(replace(places[0], pipeline=pipeline))
+    for place in places:
+        _require_offered(config.rollout, place)
 
 
 def generation_place(config: Config, command: str, *, pipeline: int) -> Place:

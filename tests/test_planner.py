@@ -180,7 +180,7 @@ def test_every_teacher_has_its_weights_on_the_device_unless_they_are_offloaded()
 def test_an_inference_copy_takes_memory_and_saves_decoding_the_pipeline() -> None:
     run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
     run = replace(run, parallel=replace(run.parallel, tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
-    run = replace(run, rollout=replace(run.rollout, max_batch_size=512))
+    run = replace(run, rollout=replace(run.rollout, max_batch_size=512, engine="static"))
     copied = replace(run, rollout=replace(run.rollout, tensor_model_parallel_size=1))
     assert problems(copied, 8, "train") == []
     without, with_copy = (list(rank_memory(each, 8).values()) for each in (run, copied))
@@ -193,6 +193,28 @@ def test_an_inference_copy_takes_memory_and_saves_decoding_the_pipeline() -> Non
     own_time, copy_time = (step_time(each, 8, GPUS["H100"], Assumptions()) for each in (run, copied))
     assert own_time.refit == 0 < copy_time.refit < 0.1
     assert copy_time.rollout < own_time.rollout and copy_time.student == own_time.student
+
+
+def test_the_engine_is_the_one_that_a_gpu_runs() -> None:
+    run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(micro_batch_size=1))
+    run = replace(run, rollout=replace(run.rollout, max_batch_size=512))
+    parallel = replace(run.parallel, tensor_model_parallel_size=2)
+    staged = replace(parallel, pipeline_model_parallel_size=4)
+
+    def planned(engine: str, **layout: object) -> tuple[int, float]:
+        asked = replace(run, rollout=replace(run.rollout, engine=engine), **layout)
+        return (
+            rank_memory(asked, 8)["stage 0"].kv_cache,
+            step_time(asked, 8, GPUS["H100"], Assumptions()).rollout,
+        )
+
+    # One stage: dynamic batching with CUDA graphs, blocks of 64 and one more. Without graphs, the other overhead.
+    assert planned("auto", parallel=parallel) == planned("dynamic", parallel=parallel)
+    (blocks, graphs), (whole, eager) = planned("auto", parallel=parallel), planned("static", parallel=parallel)
+    assert blocks - whole == 64 * 36 * 2 * 1024 // 2 * 2  # tokens, layers, keys and values, width / tp, bf16
+    assert eager - graphs == pytest.approx(3072 * 36 * (1600e-6 - 150e-6))
+    # Four: static batching.
+    assert planned("auto", parallel=staged) == planned("static", parallel=staged)
 
 
 def test_fused_heads_make_logits_absent() -> None:

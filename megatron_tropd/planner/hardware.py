@@ -41,8 +41,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says. None of it has been measured with this package on GPUs: replace it by what a run logs
-    (``seconds_rollout``, ``seconds_teacher``, ``seconds_student``)."""
+    """What no data sheet says. But for ``eager_layer_overhead`` none of it has been measured with this package on GPUs:
+    replace it by what a run logs (``seconds_rollout``, ``seconds_teacher``, ``seconds_student``)."""
 
     matrix_efficiency: float = 0.6
     """Share of the peak FLOP/s that matrix products reach; communication and bubble are counted apart. With it, the
@@ -55,8 +55,12 @@ class Assumptions:
     collective_latency: float = 20e-6
     """Seconds of a small collective among the GPUs of a node."""
     decode_layer_overhead: float = 150e-6
-    """Seconds that launching the kernels of one layer takes for one decoded token: the static engine has no CUDA
-    graphs."""
+    """Seconds that the kernels of one layer take for one decoded token beyond what they read and multiply, where CUDA
+    graphs launch them."""
+    eager_layer_overhead: float = 1600e-6
+    """The same without CUDA graphs. Measured on one H200, torch 2.11.0, local layer spec, static engine, the 28 layers
+    of qwen3-0.6b: 256 tokens of 128 sequences in 10.3 to 12.9 s in a whole run's steps, and of 256 sequences in 13.0 s
+    (benchmarks/one_gpu.md), which is 1.4 to 1.8 ms."""
     host_bandwidth: float = 20e9
     """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
     host_memory_bandwidth: float = 40e9

@@ -15,6 +15,7 @@ from megatron_tropd.config_checks import layout_sizes, teacher_sizes
 from megatron_tropd.config_context import context_parallel_size
 from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
 from megatron_tropd.config_model_checks import one_stage
+from megatron_tropd.engine_choice import Choice, choose_engine, generation_place
 from megatron_tropd.planner.activations import LayerSpec, activation_bytes, layer_activations, layer_transient
 from megatron_tropd.planner.adapters import added_activations, stage_adapter_parameters
 from megatron_tropd.planner.parameters import (
@@ -132,6 +133,11 @@ def rollout_layout(config: Config, world_size: int) -> Sizes:
     """The layout that generates: that of the inference copy, where there is one, or the student's."""
     tensor = config.rollout.tensor_model_parallel_size
     return student_layout(config, world_size) if tensor is None else Sizes(tensor, 1, world_size // tensor)
+
+
+def chosen_engine(config: Config, layout: Sizes) -> Choice:
+    """The engine of a GPU in the ``layout`` that generates."""
+    return choose_engine(config.rollout, generation_place(config, "train", pipeline=layout.pipeline), on_gpu=True)
 
 
 def copy_bytes(config: Config) -> int:
@@ -347,7 +353,7 @@ class _Rank:
         layers = student.num_layers if has_copy else stage_layers(student, sizes.pipeline)[self.stage]
         token = layers * 2 * (keys // sizes.tensor) * e
         cache, read = rows * self.length * token, rows * self.config.data.max_prompt_length
-        if rollout.engine == "dynamic":
+        if chosen_engine(self.config, sizes).kind == "dynamic":
             size = rollout.dynamic.block_size_tokens
             cache = (rows * math.ceil(self.length / size) + 1) * size * token
             if rollout.dynamic.buffer_size_gb is not None:

@@ -15,6 +15,7 @@ from megatron_tropd.planner.adapters import stage_adapter_parameters
 from megatron_tropd.planner.hardware import Assumptions, Gpu
 from megatron_tropd.planner.memory import (
     Sizes,
+    chosen_engine,
     copy_bytes,
     element_bytes,
     micro_batch_rows,
@@ -169,13 +170,13 @@ def all_reduce_seconds(num_bytes: float, ranks: int, link: float, assumed: Assum
     return 2 * (ranks - 1) / ranks * num_bytes / (link * assumed.network_efficiency) + assumed.collective_latency
 
 
-def rollout_seconds(
-    config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions, *, overhead: float | None = None
-) -> float:
-    """Prefill and decoding by the static engine: batch after batch, each to its longest response.
+def rollout_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
+    """Prefill and decoding: batch after batch, each to its longest response, also where dynamic batching begins the
+    next one sooner and reads shared prompts once.
 
-    A decoded token costs the longer of reading weights and cache, and the products; a launch overhead and two
-    all-reduces for every layer. Pipeline stages follow one another. ``overhead`` replaces that of the launches.
+    A decoded token costs the longer of reading weights and cache, and the products; the launch overhead of the engine
+    that ``auto`` chooses on a GPU (or the one asked for) and two all-reduces for every layer. Pipeline stages follow
+    one another.
     """
     rollout, long, e = config.rollout, lengths(config, assumed), element_bytes(config)
     model = one_stage(config.student) if layout.pipeline == 1 else config.student
@@ -190,7 +191,8 @@ def rollout_seconds(
     cache = model.num_layers * rows * context * 2 * keys / layout.tensor * e
     read = (weights + cache) / (gpu.memory_bandwidth * assumed.memory_efficiency)
     multiply = forward_flops(model, tokens=rows, length=2 * context, head_tokens=rows) / products
-    launch = assumed.decode_layer_overhead if overhead is None else overhead
+    has_graphs = chosen_engine(config, layout).cuda_graphs
+    launch = assumed.decode_layer_overhead if has_graphs else assumed.eager_layer_overhead
     reduce = all_reduce_seconds(rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
     token = max(read, multiply) + model.num_layers * (launch + 2 * reduce)
     return num_batches * (prefill + long.longest_response * token)
