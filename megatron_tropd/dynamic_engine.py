@@ -19,14 +19,8 @@ from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
 from megatron_tropd.race import NEVER, Race
-from megatron_tropd.rollout_requests import (
-    checked_rollout,
-    num_given_tokens,
-    refuse_what_does_not_fit,
-    without_response,
-    written,
-)
-from megatron_tropd.sampling import entropies, sample_tokens
+from megatron_tropd.rollout_requests import begin, checked_rollout, num_given_tokens, refuse_what_does_not_fit, written
+from megatron_tropd.sampling import SamplingOptions
 from megatron_tropd.types import Rollout, RolloutRequest
 
 # isort: split
@@ -71,31 +65,12 @@ class DynamicEngine:
     other weights can be read.
     """
 
-    def __init__(
-        self,
-        model: GPTModel,
-        layout: Layout,
-        config: DynamicEngineConfig,
-        *,
-        vocab_size: int,
-        eos_id: int,
-        max_batch_size: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        with_entropies: bool = False,
-    ):
+    def __init__(self, model: GPTModel, layout: Layout, options: SamplingOptions, config: DynamicEngineConfig):
         """As ``StaticEngine``, whose responses these are, up to the rounding of matrix products."""
         self.model = model
         self.layout = layout
+        self.options = options
         self.config = config
-        self.vocab_size = vocab_size
-        self.eos_id = eos_id
-        self.max_batch_size = max_batch_size
-        self.temperature = temperature
-        self.top_p = top_p
-        self.seed = seed
-        self.with_entropies = with_entropies
         self.report: DynamicReport | None = None
         """Of the last ``generate`` that had anything to do."""
 
@@ -115,12 +90,7 @@ class DynamicEngine:
         refuse_what_does_not_fit(
             requests, max_response_length=max_response_length, max_sequence_length=self.model.max_sequence_length
         )
-        rollouts = [without_response(request, self.eos_id) for request in requests]
-        waiting = [
-            index
-            for index, rollout in enumerate(rollouts)
-            if not rollout.finished and len(written(rollout.request)) < max_response_length
-        ]
+        rollouts, waiting = begin(requests, eos_id=self.options.eos_id, max_response_length=max_response_length)
         race = None if enough is None else Race(enough, len(requests) - len(waiting), self.layout.device)
         if not waiting or (race is not None and race.is_over()):
             return rollouts
@@ -145,7 +115,7 @@ class DynamicEngine:
         try:
             for row, request in enumerate(responses.requests):
                 given = [*request.prompt.tokens, *written(request)]
-                limit = SamplingParams(num_tokens_to_generate=responses.limits[row], termination_id=self.eos_id)
+                limit = SamplingParams(num_tokens_to_generate=responses.limits[row], termination_id=self.options.eos_id)
                 engine.add_request(row, given, limit)
             while engine.has_unfinished_requests():
                 steps = controller.num_steps
@@ -171,7 +141,7 @@ class DynamicEngine:
     def _context(self, responses: _Responses) -> DynamicInferenceContext:
         """A KV cache with room for ``max_batch_size`` of the requests at once, or as much of it as is allowed."""
         config, tensor_parallel_size = self.config, self.layout.tensor_parallel_size
-        max_requests = min(self.max_batch_size, len(responses.requests))
+        max_requests = min(self.options.max_batch_size, len(responses.requests))
         max_requests = -(-max_requests // tensor_parallel_size) * tensor_parallel_size
         blocks = responses.num_blocks(config.block_size_tokens)
         wanted = sum(sorted(blocks, reverse=True)[:max_requests]) + 1  # one to write padding to
@@ -262,10 +232,10 @@ class _Responses:
         self._lengths_N = torch.zeros_like(self._given_N)
         sample_ids_N1 = torch.tensor([[request.sample_id] for request in requests], device=device)
         positions_NS = self._given_N.to(device).unsqueeze(1) + torch.arange(max(self.limits), device=device)
-        self._uniforms_NS = uniforms(engine.seed, Stream.SAMPLING, sample_ids_N1, positions_NS)
+        self._uniforms_NS = uniforms(engine.options.seed, Stream.SAMPLING, sample_ids_N1, positions_NS)
         self._tokens_NS = torch.zeros(positions_NS.shape, dtype=torch.int64, device=device)
         self._log_probs_NS = torch.zeros(positions_NS.shape, device=device)
-        self._entropies_NS = torch.zeros(positions_NS.shape, device=device) if engine.with_entropies else None
+        self._entropies_NS = torch.zeros(positions_NS.shape, device=device) if engine.options.with_entropies else None
 
     def num_blocks(self, block_size: int) -> list[int]:
         """KV blocks that each request needs at its longest."""
@@ -281,21 +251,17 @@ class _Responses:
         position within what is given is that of a prompt still being read: what is sampled there counts for nothing,
         here or in Megatron.
         """
-        engine = self.engine
         places_B = positions_B - self._given_N[rows_B]
         counts_B = places_B >= 0
         self.num_chunks += len(counts_B) - int(counts_B.sum())
         self._lengths_N[rows_B[counts_B]] = places_B[counts_B] + 1
         at = rows_B.to(self._tokens_NS.device), places_B.clamp(min=0).to(self._tokens_NS.device)
-        logits_BV = logits_BV[:, : engine.vocab_size]
-        tokens_B, log_probs_B = sample_tokens(
-            logits_BV, self._uniforms_NS[at], temperature=engine.temperature, top_p=engine.top_p
-        )
+        tokens_B, log_probs_B, entropies_B = self.engine.options.sample(logits_BV, self._uniforms_NS[at])
         # What is sampled at place 0 before the prompt is read is written over when it is.
         self._tokens_NS[at] = tokens_B
         self._log_probs_NS[at] = log_probs_B
-        if self._entropies_NS is not None:
-            self._entropies_NS[at] = entropies(logits_BV)
+        if self._entropies_NS is not None and entropies_B is not None:
+            self._entropies_NS[at] = entropies_B
         return tokens_B if self.race is None else self._end_losers(self.race, tokens_B, *at, counts_B.to(at[0].device))
 
     def _end_losers(
@@ -303,9 +269,9 @@ class _Responses:
     ) -> torch.Tensor:
         """``tokens_B``, or the end token for requests that cannot be among the first any more; all on the device."""
         lengths_B = places_B + 1
-        is_end_B = (tokens_B == self.engine.eos_id) | (lengths_B >= self._budgets_N[rows_B])
+        is_end_B = (tokens_B == self.engine.options.eos_id) | (lengths_B >= self._budgets_N[rows_B])
         race.add(torch.where(counts_B & is_end_B, lengths_B, NEVER))
-        return torch.where(counts_B & (lengths_B >= race.most), self.engine.eos_id, tokens_B)
+        return torch.where(counts_B & (lengths_B >= race.most), self.engine.options.eos_id, tokens_B)
 
     def rollouts(self) -> list[Rollout]:
         """What was generated, in the order of the requests; the end token belongs to the response."""
@@ -317,7 +283,7 @@ class _Responses:
                 all_tokens[row][:length],
                 all_log_probs[row][:length],
                 all_entropies[row][:length],
-                eos_id=self.engine.eos_id,
+                eos_id=self.engine.options.eos_id,
             )
             for row, (request, length) in enumerate(zip(self.requests, self._lengths_N.tolist(), strict=True))
         ]
@@ -327,7 +293,7 @@ class _Controller(TextGenerationController):
     """Megatron's step of dynamic batching with our sampling."""
 
     def __init__(self, wrapper: GPTInferenceWrapper, responses: _Responses, graphs: DecodeGraphs | None):
-        super().__init__(wrapper, tokenizer=SimpleNamespace(eod=responses.engine.eos_id))
+        super().__init__(wrapper, tokenizer=SimpleNamespace(eod=responses.engine.options.eos_id))
         self.responses = responses
         self.graphs = graphs
         self.num_steps = 0

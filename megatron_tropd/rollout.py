@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -20,6 +20,7 @@ from megatron_tropd.distributed import ON_CPU, Layout
 from megatron_tropd.dynamic_engine import DynamicEngine
 from megatron_tropd.engine_choice import Place, choose_engine
 from megatron_tropd.paged_attention import block_multiple
+from megatron_tropd.sampling import SamplingOptions
 from megatron_tropd.static_engine import StaticEngine
 from megatron_tropd.types import Rollout, RolloutRequest
 
@@ -83,18 +84,12 @@ def build_engine(
     multiple = block_multiple(model.config.params_dtype)
     choice = choose_engine(config, place, on_gpu=not ON_CPU, block_multiple=multiple)
     logger.info("rollout engine: %s (%s)", choice.kind, choice.reason)
-    options: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "eos_id": eos_id,
-        "max_batch_size": config.max_batch_size,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "seed": seed,
-        "with_entropies": with_entropies,
-    }
+    options = SamplingOptions(
+        vocab_size, eos_id, config.max_batch_size, config.temperature, config.top_p, seed, with_entropies
+    )
     if choice.kind == "dynamic":
-        return DynamicEngine(model, layout, replace(config.dynamic, cuda_graphs=choice.cuda_graphs), **options)
-    engine = StaticEngine(model, layout, **options)
+        return DynamicEngine(model, layout, options, replace(config.dynamic, cuda_graphs=choice.cuda_graphs))
+    engine = StaticEngine(model, layout, options)
     return engine if layout.context_parallel_size == 1 else ContextParallelEngine(engine, layout)
 
 

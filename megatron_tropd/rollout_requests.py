@@ -40,9 +40,16 @@ def refuse_what_does_not_fit(
             )
 
 
-def without_response(request: RolloutRequest, eos_id: int) -> Rollout:
-    """The rollout of a request to which nothing is added."""
-    return Rollout(request, response=(), log_probs=(), finished=written(request)[-1:] == (eos_id,))
+def begin(
+    requests: Sequence[RolloutRequest], *, eos_id: int, max_response_length: int
+) -> tuple[list[Rollout], list[int]]:
+    """The rollouts of ``requests`` before anything is added, and the indices of those that have not ended."""
+    rollouts = [Rollout(one, response=(), log_probs=(), finished=written(one)[-1:] == (eos_id,)) for one in requests]
+    return rollouts, [
+        index
+        for index, rollout in enumerate(rollouts)
+        if not rollout.finished and len(written(rollout.request)) < max_response_length
+    ]
 
 
 def checked_rollout(
@@ -56,4 +63,4 @@ def checked_rollout(
     """The rollout of a response; raises ValueError where its log-probs are not numbers."""
     if not all(map(math.isfinite, log_probs)):
         raise ValueError(f"sample {request.sample_id}: the model's logits are not finite; its weights are broken")
-    return Rollout(request, tuple(response), tuple(log_probs), response[-1] == eos_id, tuple(entropies))
+    return Rollout(request, tuple(response), tuple(log_probs), tuple(response[-1:]) == (eos_id,), tuple(entropies))

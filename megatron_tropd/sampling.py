@@ -5,9 +5,48 @@ Shape suffixes: ``B`` sequences, ``V`` the ids to choose from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megatron_tropd.determinism import is_deterministic
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How an engine samples, and how much at once. Raises ValueError where a number makes no sense."""
+
+    vocab_size: int
+    """Only ids below it take part, in sampling and in log-probs."""
+    eos_id: int
+    """Ends a response."""
+    max_batch_size: int
+    """Most sequences that are decoded at once."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """1 is off."""
+    seed: int
+    """Keys the draws."""
+    with_entropies: bool = False
+    """Record the entropy of the model at every sampled token."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.temperature < 0.0 or not 0.0 < self.top_p <= 1.0 or self.max_batch_size < 1:
+            raise ValueError(
+                f"cannot sample with temperature {self.temperature} (>= 0), top_p {self.top_p} (in (0, 1]), "
+                f"max_batch_size {self.max_batch_size} (>= 1)"
+            )
+
+    def sample(
+        self, logits_BV: torch.Tensor, uniforms_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Tokens and log-probs by ``sample_tokens`` from logits over the padded vocabulary, and, if they are wanted,
+        ``entropies``."""
+        logits_BV = logits_BV[:, : self.vocab_size]
+        tokens_B, log_probs_B = sample_tokens(logits_BV, uniforms_B, temperature=self.temperature, top_p=self.top_p)
+        return tokens_B, log_probs_B, entropies(logits_BV) if self.with_entropies else None
 
 
 def sample_tokens(

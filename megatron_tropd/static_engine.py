@@ -5,7 +5,6 @@ Shape suffixes: ``B`` sequences of a static batch, ``S`` positions of prompt + p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import batched, pairwise
 from types import SimpleNamespace
@@ -17,8 +16,8 @@ from megatron_tropd.distributed import Layout
 from megatron_tropd.draws import Stream, uniforms
 from megatron_tropd.models import release_inference_state, whole_sequences
 from megatron_tropd.race import NEVER, Race
-from megatron_tropd.rollout_requests import num_given_tokens, refuse_what_does_not_fit, without_response, written
-from megatron_tropd.sampling import entropies, sample_tokens
+from megatron_tropd.rollout_requests import begin, checked_rollout, num_given_tokens, refuse_what_does_not_fit, written
+from megatron_tropd.sampling import SamplingOptions
 from megatron_tropd.types import Rollout, RolloutRequest
 
 # isort: split
@@ -41,38 +40,11 @@ class StaticEngine:
     is computed until the last one is: choose ``max_batch_size`` for both.
     """
 
-    def __init__(
-        self,
-        model: GPTModel,
-        layout: Layout,
-        *,
-        vocab_size: int,
-        eos_id: int,
-        max_batch_size: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        with_entropies: bool = False,
-    ):
-        """``model`` is this rank's unwrapped slice, read anew at every ``generate``.
-
-        Only ids below ``vocab_size`` take part, in sampling and in log-probs. ``temperature`` 0 is greedy;
-        ``top_p`` 1 is off. Raises ValueError where a number makes no sense.
-        """
-        if temperature < 0.0 or not 0.0 < top_p <= 1.0 or max_batch_size < 1:
-            raise ValueError(
-                f"cannot sample with temperature {temperature} (>= 0), top_p {top_p} (in (0, 1]), "
-                f"max_batch_size {max_batch_size} (>= 1)"
-            )
+    def __init__(self, model: GPTModel, layout: Layout, options: SamplingOptions):
+        """``model`` is this rank's unwrapped slice, read anew at every ``generate``."""
         self.model = model
         self.layout = layout
-        self.vocab_size = vocab_size
-        self.eos_id = eos_id
-        self.max_batch_size = max_batch_size
-        self.temperature = temperature
-        self.top_p = top_p
-        self.seed = seed
-        self.with_entropies = with_entropies
+        self.options = options
 
     def generate(
         self,
@@ -90,12 +62,7 @@ class StaticEngine:
         refuse_what_does_not_fit(
             requests, max_response_length=max_response_length, max_sequence_length=self.model.max_sequence_length
         )
-        rollouts = [without_response(request, self.eos_id) for request in requests]
-        waiting = [
-            index
-            for index, rollout in enumerate(rollouts)
-            if not rollout.finished and len(written(rollout.request)) < max_response_length
-        ]
+        rollouts, waiting = begin(requests, eos_id=self.options.eos_id, max_response_length=max_response_length)
         most = max_response_length if max_new_tokens is None else min(max_new_tokens, max_response_length)
         race = None if enough is None else Race(enough, len(requests) - len(waiting), self.layout.device)
         try:
@@ -123,7 +90,7 @@ class StaticEngine:
         lengths = [num_given_tokens(requests[index]) for index in shortest_first]
         cuts = [place for place in range(1, len(lengths)) if lengths[place] - lengths[place - 1] > most]
         for start, end in pairwise((0, *cuts, len(lengths))):
-            yield from batched(shortest_first[start:end], self.max_batch_size)
+            yield from batched(shortest_first[start:end], self.options.max_batch_size)
 
     def _generate_batch(
         self, requests: Sequence[RolloutRequest], max_response_length: int, most: int, race: Race | None
@@ -169,7 +136,7 @@ class _Controller(TextGenerationController):
         most: int,
         race: Race | None,
     ):
-        super().__init__(wrapper, tokenizer=SimpleNamespace(eod=engine.eos_id))
+        super().__init__(wrapper, tokenizer=SimpleNamespace(eod=engine.options.eos_id))
         self.engine = engine
         self.requests = requests
         self.race = race
@@ -184,24 +151,19 @@ class _Controller(TextGenerationController):
         """Where it did end, or was."""
         sample_ids_B1 = torch.tensor([[request.sample_id] for request in requests], device=device)
         positions_S = torch.arange(wrapper.inference_context.max_sequence_length, device=device)
-        self.uniforms_BS = uniforms(engine.seed, Stream.SAMPLING, sample_ids_B1, positions_S)
+        self.uniforms_BS = uniforms(engine.options.seed, Stream.SAMPLING, sample_ids_B1, positions_S)
         self.log_probs_BS = torch.zeros_like(self.uniforms_BS)
-        self.entropies_BS = torch.zeros_like(self.uniforms_BS) if engine.with_entropies else None
+        self.entropies_BS = torch.zeros_like(self.uniforms_BS) if engine.options.with_entropies else None
         self.tokens_BS = torch.empty(0, dtype=torch.int64, device=device)
 
     def sample_from_logits(self, last_token_logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Tokens ``[B]`` of the next position from logits ``[B, padded vocabulary]``, equal on every rank."""
-        engine = self.engine
         position = self.inference_wrapped_model.inference_context.sequence_len_offset
-        logits_BV = last_token_logits[:, : engine.vocab_size]
-        tokens_B, self.log_probs_BS[:, position] = sample_tokens(
-            logits_BV,
-            self.uniforms_BS[:, position],
-            temperature=engine.temperature,
-            top_p=engine.top_p,
+        tokens_B, self.log_probs_BS[:, position], entropies_B = self.engine.options.sample(
+            last_token_logits, self.uniforms_BS[:, position]
         )
-        if self.entropies_BS is not None:
-            self.entropies_BS[:, position] = entropies(logits_BV)
+        if self.entropies_BS is not None and entropies_B is not None:
+            self.entropies_BS[:, position] = entropies_B
         return tokens_B
 
     def update_generation_status(
@@ -235,17 +197,10 @@ class _Controller(TextGenerationController):
     def rollouts(self) -> list[Rollout]:
         """What was generated, in the order of the requests; the end token belongs to the response."""
         all_tokens, all_log_probs = self.tokens_BS.tolist(), self.log_probs_BS.tolist()
-        all_entropies = None if self.entropies_BS is None else self.entropies_BS.tolist()
-        ends = self.ends_B.tolist()
+        all_entropies = [[]] * len(self.requests) if self.entropies_BS is None else self.entropies_BS.tolist()
         rollouts = []
-        for row, request in enumerate(self.requests):
-            given, end = num_given_tokens(request), ends[row]
-            response, log_probs = tuple(all_tokens[row][given:end]), tuple(all_log_probs[row][given:end])
-            if not all(map(math.isfinite, log_probs)):
-                raise ValueError(
-                    f"sample {request.sample_id}: the model's logits are not finite; its weights are broken"
-                )
-            at_tokens = () if all_entropies is None else tuple(all_entropies[row][given:end])
-            finished = response[-1:] == (self.engine.eos_id,)
-            rollouts.append(Rollout(request, response, log_probs, finished, at_tokens))
+        for row, (request, end) in enumerate(zip(self.requests, self.ends_B.tolist(), strict=True)):
+            sampled = slice(num_given_tokens(request), end)
+            columns = all_tokens[row][sampled], all_log_probs[row][sampled], all_entropies[row][sampled]
+            rollouts.append(checked_rollout(request, *columns, eos_id=self.engine.options.eos_id))
         return rollouts

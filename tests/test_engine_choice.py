@@ -124,7 +124,9 @@ def test_an_engine_asks_with_its_model_and_layout(monkeypatch: pytest.MonkeyPatc
     from megatron_tropd import rollout
 
     built: list[tuple[str, Any]] = []
-    monkeypatch.setattr(rollout, "DynamicEngine", lambda model, layout, config, **_: built.append(("dynamic", config)))
+    monkeypatch.setattr(
+        rollout, "DynamicEngine", lambda model, layout, options, config: built.append(("dynamic", config))
+    )
     monkeypatch.setattr(rollout, "StaticEngine", lambda *_, **__: built.append(("static", None)))
     layout: Any = SimpleNamespace(pipeline_size=1, context_parallel_size=1, expert_parallel_size=1)
     for on_cpu, experts in ((True, None), (False, None), (False, 8)):

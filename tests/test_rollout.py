@@ -69,10 +69,11 @@ def _build(layout: Any, config: ModelConfig = MODEL) -> Any:
 
 
 def _engine(model: Any, layout: Any, **options: Any) -> Any:
+    from megatron_tropd.sampling import SamplingOptions
     from megatron_tropd.static_engine import StaticEngine
 
     defaults = {"max_batch_size": 9, "temperature": 1.0, "top_p": 1.0, "seed": SEED}
-    return StaticEngine(model, layout, vocab_size=VOCAB_SIZE, eos_id=EOS, **(defaults | options))
+    return StaticEngine(model, layout, SamplingOptions(vocab_size=VOCAB_SIZE, eos_id=EOS, **(defaults | options)))
 
 
 def _generate(engine: Any, what: Sequence[RolloutRequest]) -> list[Rollout]:
@@ -375,10 +376,11 @@ def test_a_race_ends_when_enough_have_ended(results: Any, single: dict[str, Any]
 
 
 def test_sequences_of_very_different_lengths_do_not_share_a_batch() -> None:
+    from megatron_tropd.sampling import SamplingOptions
     from megatron_tropd.static_engine import StaticEngine
 
-    engine = StaticEngine.__new__(StaticEngine)
-    engine.max_batch_size = 3
+    options = SamplingOptions(vocab_size=9, eos_id=1, max_batch_size=3, temperature=1.0, top_p=1.0, seed=0)
+    engine = StaticEngine(None, None, options)
     prompts = [Prompt(str(length), "", (2,) * length, "") for length in (20, 3, 4, 9, 10, 21, 2)]
     what = [RolloutRequest(index, prompt, ()) for index, prompt in enumerate(prompts)]
     # Lengths 2 3 4 | 9 10 | 20 21: ten steps over the gap, or one batch more of at most four steps.
