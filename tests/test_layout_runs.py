@@ -23,13 +23,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "interleaved": {
         **DEEP,
         "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        "rollout": {"tensor_model_parallel_size": 1},
+        "rollout": {"tensor_model_parallel_size": 1, "engine": "dynamic"},
     },
     "experts": EXPERTS,
     "spread": {
         **EXPERTS,
         "parallel": {"expert_model_parallel_size": 2},
-        "rollout": {"tensor_model_parallel_size": 2},
+        "rollout": {"tensor_model_parallel_size": 2, "engine": "dynamic"},
         "optimizer": {"overlap_param_gather": True},
     },
 }

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
                 "teacher_hidden": "host",
                 "offload_teacher": True,
             },
+            "rollout": {"engine": "dynamic"},
         },
     ),
 }
