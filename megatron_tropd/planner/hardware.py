@@ -58,9 +58,8 @@ class Assumptions:
     """Seconds that the kernels of one layer take for one decoded token beyond what they read and multiply, where CUDA
     graphs launch them."""
     eager_layer_overhead: float = 1600e-6
-    """The same without CUDA graphs. Measured on one H200, torch 2.11.0, local layer spec, static engine, the 28 layers
-    of qwen3-0.6b: 256 tokens of 128 sequences in 10.3 to 12.9 s in a whole run's steps, and of 256 sequences in 13.0 s
-    (benchmarks/one_gpu.md), which is 1.4 to 1.8 ms."""
+    """The same without CUDA graphs. Measured on H200, torch 2.11.0, local layer spec, static engine, the 28 layers
+    of qwen3-0.6b, 256 tokens: 1.0 ms on one host, 1.4 to 1.8 ms on two others (benchmarks/one_gpu.md)."""
     host_bandwidth: float = 20e9
     """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
     host_memory_bandwidth: float = 40e9
