@@ -59,7 +59,7 @@ class Assumptions:
     graphs launch them."""
     eager_layer_overhead: float = 1600e-6
     """The same without CUDA graphs. Measured on H200, torch 2.11.0, local layer spec, static engine, the 28 layers
-    of qwen3-0.6b, 256 tokens: 1.0 ms on one host, 1.4 to 1.8 ms on two others (benchmarks/one_gpu.md)."""
+    of qwen3-0.6b, 256 tokens: 1.0 ms on one host, 1.4 to 1.8 ms on another (benchmarks/one_gpu.md)."""
     host_bandwidth: float = 20e9
     """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
     host_memory_bandwidth: float = 40e9
