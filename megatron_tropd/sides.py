@@ -62,6 +62,8 @@ class Link:
         self._tensors = self._objects
         if device.type == "cuda":
             self._tensors = self._group(dist.PrefixStore("tensors", store), device, timeout)
+            # NCCL's communicator is made by the first operation, and that must be one of all ranks.
+            self._tensors.allreduce([torch.zeros(1, device=device)]).wait()
 
     @property
     def leader_of_trainers(self) -> int:
