@@ -198,13 +198,12 @@ def _check_numbers(config: Config) -> None:
     """What a single number may be, wherever nothing else has to be known."""
     for section_name, section in vars(config).items():
         for name, value in vars(section).items() if is_dataclass(section) else ():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, f"{section_name}.{name} must be a finite number, found {value}")
-            lowest = _LOWEST.get(f"{section_name}.{name}")
-            require(
-                lowest is None or value is None or value >= lowest,
-                f"{section_name}.{name} must be at least {lowest}, found {value}",
-            )
+            full_name = f"{section_name}.{name}"
+            if isinstance(value, float) and not math.isfinite(value):
+                require(False, f"{full_name} must be a finite number, found {value}")
+            lowest = _LOWEST.get(full_name)
+            if lowest is not None and value is not None and value < lowest:
+                require(False, f"{full_name} must be at least {lowest}, found {value}")
     optimizer = config.optimizer
     require(
         not optimizer.optimizer_cpu_offload or optimizer.use_distributed_optimizer,

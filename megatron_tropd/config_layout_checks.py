@@ -69,10 +69,14 @@ def check_interleaved(config: Config, command: str, *, pipeline: int, data: int)
     )
 
 
+def student_generates(config: Config, command: str) -> bool:
+    """Whether the student generates during training; in `sft` it does to evaluate alone."""
+    return command == "train" or config.data.validation is not None or bool(config.evaluation.files)
+
+
 def _can_generate(config: Config, command: str) -> bool:
     """Whether there is a copy to generate with during training, or nothing to generate."""
-    generates = command == "train" or config.data.validation is not None or bool(config.evaluation.files)
-    return config.rollout.tensor_model_parallel_size is not None or not generates
+    return config.rollout.tensor_model_parallel_size is not None or not student_generates(config, command)
 
 
 def check_experts(

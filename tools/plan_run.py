@@ -27,7 +27,7 @@ from megatron_tropd.config import (
 )
 from megatron_tropd.config_parser import load_config
 from megatron_tropd.planner.hardware import GPUS, Assumptions
-from megatron_tropd.planner.layouts import Plan, plans
+from megatron_tropd.planner.layouts import MOST, WORTH, Plan, plans
 from megatron_tropd.planner.memory import Sizes
 from megatron_tropd.planner.parameters import model_parameters
 from megatron_tropd.planner.shapes import SHAPES, find_model
@@ -76,9 +76,10 @@ def main(arguments: list[str]) -> int:
         assert model is not None
         print(f"{name}: {model_parameters(model) / 1e9:.2f} B parameters")
     print(
-        f"{len(found)} layouts fit on {options.gpus} {gpu.name} of {gpu.memory / 1e9:.0f} GB "
-        f"({assumed.memory_reserve / 1e9:.0f} kept free): tensor x pipeline x data, with sequence parallelism where\n"
-        "tensor > 1. Predicted seconds, fastest first:\n\n" + _table(found[: options.top])
+        f"{len(found)}{' or more' * (len(found) == MOST)} layouts fit on {options.gpus} {gpu.name} of "
+        f"{gpu.memory / 1e9:.0f} GB ({assumed.memory_reserve / 1e9:.0f} kept free): tensor x pipeline x data, with\n"
+        "sequence parallelism where tensor > 1. Predicted seconds, fastest first but for what is simpler and at most "
+        f"{WORTH:.0%} slower:\n\n" + _table(found[: options.top])
     )
     if not 1 <= options.layout <= len(found):
         print(f"error: --layout {options.layout} is not one of the {len(found)} that fit", file=sys.stderr)
@@ -98,6 +99,10 @@ def _config(options: argparse.Namespace) -> Config:
         config = load_config(options.config)
         if config.teacher is None or None in (config.student.vocab_size, config.teacher.vocab_size):
             raise ConfigError(f"{options.config}: planning needs student.vocab_size, and a teacher with vocab_size")
+        if config.training.one_step_off:
+            raise ConfigError(
+                f"{options.config}: in the jobs planned every rank does everything: leave training.one_step_off out"
+            )
         return config
     if options.student is None or options.teacher is None:
         raise ConfigError("give --student and --teacher, or --config")
@@ -148,7 +153,7 @@ def _table(found: list[Plan]) -> str:
         rows.append(
             (
                 str(number),
-                _sizes(plan.sizes[0]),
+                _student(plan),
                 _teacher(plan),
                 f"{training.micro_batch_size}" + " rec." * training.recompute,
                 str(plan.config.rollout.max_batch_size),
@@ -168,11 +173,26 @@ def _sizes(sizes: Sizes) -> str:
     return f"{sizes.tensor}x{sizes.pipeline}x{sizes.data}"
 
 
+def _student(plan: Plan) -> str:
+    parallel, copy = plan.config.parallel, plan.config.rollout.tensor_model_parallel_size
+    chunks, context = parallel.virtual_pipeline_model_parallel_size, parallel.context_parallel_size
+    spread = _spread(parallel.expert_model_parallel_size)
+    parts = {f"context {context}": context > 1, f"{chunks} chunks": chunks > 1, spread: spread != "",
+             f"copy {copy}": copy is not None}  # fmt: skip
+    return ", ".join([_sizes(plan.sizes[0]), *(text for text, is_set in parts.items() if is_set)])
+
+
+def _spread(size: int | None) -> str:
+    return f"experts over {size}" if (size or 1) > 1 else ""
+
+
 def _teacher(plan: Plan) -> str:
     parallel = plan.config.parallel
     if parallel.teacher_schedule == "shared":
         return "shared"
-    return f"ahead {_sizes(plan.sizes[1])}" + ", on host" * parallel.offload_teacher
+    spread = _spread(parallel.teacher_expert_model_parallel_size)
+    parts = (f"ahead {_sizes(plan.sizes[1])}", spread, "on host" * parallel.offload_teacher)
+    return ", ".join(part for part in parts if part)
 
 
 def _detail(plan: Plan) -> str:

@@ -162,10 +162,12 @@ def table_line(found: Row) -> str:
     student, teacher = found.plan.sizes
     time, own = found.plan.time, found.plan.config.parallel.teacher_schedule == "ahead"
     layout = f"{student.tensor}x{student.pipeline}x{student.data}"
+    copy = found.plan.config.rollout.tensor_model_parallel_size
+    layout += f", copy {copy}" if copy is not None else ""
     if own:
         host = ", on host" * found.plan.config.parallel.offload_teacher
         layout += f", teacher {teacher.tensor}x{teacher.pipeline}x{teacher.data}{host}"
-    other = time.bubble + time.gradients + time.optimizer + time.transfer
+    other = time.bubble + time.gradients + time.optimizer + time.transfer + time.refit
     seconds = (found.colocated, time.rollout, time.teacher, time.student, other, found.separate, found.fast,
                found.separate_fast, found.larger)  # fmt: skip
     cells = " | ".join("–" if math.isnan(value) else f"{value:.1f}" for value in seconds)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
-from megatron_tropd.config import Config, ModelConfig
+from megatron_tropd.config import Config
 from megatron_tropd.config_checks import problems
+from megatron_tropd.planner.candidates import CONTEXT_SIZES, MICRO_BATCH_SIZES, students, with_teachers
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import RankMemory, Sizes, rank_memory, student_layout, teacher_layout
+from megatron_tropd.planner.memory import RankMemory, Sizes, rank_memory, rollout_layout, student_layout, teacher_layout
 from megatron_tropd.planner.timing import StepTime, step_time
 
-SEQUENCE_PARALLEL = True
-"""Whether layouts with sequence parallelism are offered (wherever tensor parallelism is)."""
-TEACHER_AHEAD = True
-"""Whether a teacher in a layout of its own is offered."""
-# These two and the ranges below are all the planner knows about which layouts exist; each is offered only where
-# ``config_checks`` accepts it.
-PIPELINE_SIZES = (1, 2, 4, 8, 16)
-MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+MOST = 100
+"""Layouts that a search hands back."""
+WORTH = 0.03
+"""Share of a step that interleaved stages, spread experts and an inference copy must each save to come before a layout
+without them: a prediction is not good enough for less."""
 
 
 @dataclass(frozen=True)
@@ -41,92 +39,133 @@ class Plan:
         return student_layout(self.config, self.world_size), teacher_layout(self.config, self.world_size)
 
 
-def plans(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions, *, command: str = "train") -> list[Plan]:
-    """The layouts of ``config`` on ``world_size`` GPUs that fit, fastest first; of equals, the simplest.
+def plans(
+    config: Config, world_size: int, gpu: Gpu, assumed: Assumptions, *, command: str = "train", most: int = MOST
+) -> list[Plan]:
+    """The ``most`` fastest layouts of ``config`` on ``world_size`` GPUs that fit, fastest first but for what ``WORTH``
+    adds to some; of equals, the simplest.
 
-    Of each pair of layouts the fastest micro-batch size and engine batch that fit, with recomputation where it must be.
+    Of each pair of tensor, pipeline and data parallel sizes of student and teacher there is one, the best over
+    interleaved stages, spread experts, sizes of an inference copy, micro-batch size and engine batch, with
+    recomputation where it must be. Sequences are cut (context parallelism) only where nothing fits otherwise.
     """
-    best: dict[tuple[Sizes, Sizes, str, bool], Plan] = {}
-    for candidate in _candidates(config, world_size, gpu):
-        plan = _sized(candidate, world_size, gpu, assumed, command)
-        if plan is None:
-            continue
-        parallel = candidate.parallel
-        key = (*plan.sizes, parallel.teacher_schedule, parallel.offload_teacher)
-        if key not in best or (plan.time.total, plan.peak) < (best[key].time.total, best[key].peak):
-            best[key] = plan
-    return sorted(best.values(), key=_order)
+    for context in CONTEXT_SIZES:
+        search = _Search(config, world_size, gpu, assumed, command, most)
+        search.over(context)
+        if search.found:
+            return sorted(search.found.values(), key=_order)[:most]
+    return []
+
+
+def cost(config: Config, time: StepTime) -> float:
+    """Seconds of a step, and what ``WORTH`` adds to them: what layouts are compared by."""
+    parallel = config.parallel
+    extras = (
+        parallel.virtual_pipeline_model_parallel_size > 1,
+        max(parallel.expert_model_parallel_size, parallel.teacher_expert_model_parallel_size or 1) > 1,
+        config.rollout.tensor_model_parallel_size is not None,
+    )
+    return time.total * (1 + WORTH * sum(extras))
 
 
 def _order(plan: Plan) -> tuple[float, bool, bool, int]:
     parallel = plan.config.parallel
-    return round(plan.time.total, 2), parallel.teacher_schedule == "ahead", parallel.offload_teacher, plan.peak
+    seconds = round(cost(plan.config, plan.time), 2)
+    return seconds, parallel.teacher_schedule == "ahead", parallel.offload_teacher, plan.peak
 
 
-def _tensor_sizes(gpu: Gpu, world_size: int) -> Iterator[int]:
-    size = 1
-    while size <= min(gpu.per_node, world_size):
-        yield size
-        size *= 2
+@dataclass
+class _Search:
+    """Best first: students in the order of what they cost at least, until no further one can be among the best."""
 
+    config: Config
+    world_size: int
+    gpu: Gpu
+    assumed: Assumptions
+    command: str
+    most: int
+    found: dict[tuple[Sizes, Sizes, str, bool], Plan] = field(default_factory=dict)
 
-def _splits(model: ModelConfig, gpu: Gpu, world_size: int) -> Iterator[tuple[int, int]]:
-    """(tensor, pipeline) sizes; tensor parallelism stays inside a node."""
-    for tensor in _tensor_sizes(gpu, world_size):
-        for pipeline in PIPELINE_SIZES:
-            if world_size % (tensor * pipeline) == 0 and model.num_layers % pipeline == 0:
-                yield tensor, pipeline
+    def over(self, context: int) -> None:
+        """Fill ``found``."""
+        everyone = students(self.config, self.world_size, self.gpu, self.command, context=context)
+        alone = [(self._least(one), one) for one in everyone if self._fits_alone(one)]
+        for least, student in sorted(alone, key=lambda pair: pair[0]):
+            if least > self._limit():
+                break
+            for candidate in with_teachers(student, self.world_size, self.gpu):
+                self._try(candidate)
 
+    def _try(self, candidate: Config) -> None:
+        if self._least(candidate, candidate.teacher is not None) > self._limit():
+            return
+        plan = self._sized(candidate)
+        if plan is None:
+            return
+        key = (*plan.sizes, candidate.parallel.teacher_schedule, candidate.parallel.offload_teacher)
+        if key not in self.found or _order(plan) < _order(self.found[key]):
+            self.found[key] = plan
 
-def _candidates(config: Config, world_size: int, gpu: Gpu) -> Iterator[Config]:
-    """``config`` in every layout that ``config_checks`` accepts, but for the batch size."""
-    for tensor, pipeline in _splits(config.student, gpu, world_size):
-        shared = replace(
-            config.parallel,
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            sequence_parallel=SEQUENCE_PARALLEL and tensor > 1,
-            teacher_schedule="shared",
+    def _limit(self) -> float:
+        """What a further layout must not exceed."""
+        if len(self.found) < self.most:
+            return math.inf
+        return sorted(cost(plan.config, plan.time) for plan in self.found.values())[self.most - 1]
+
+    def _least(self, config: Config, with_teacher: bool = False) -> float:
+        """The cost at least: at the best micro-batch size, with all rows decoded at once."""
+        wide = self._with_rows(config if with_teacher else replace(config, teacher=None), self._all_rows(config))
+        sized = (
+            replace(wide, training=replace(config.training, micro_batch_size=size, recompute=False))
+            for size in MICRO_BATCH_SIZES
         )
-        choices = [shared]
-        if TEACHER_AHEAD and config.teacher is not None:
-            for own_tensor, own_pipeline in _splits(config.teacher, gpu, world_size):
-                ahead = replace(
-                    shared,
-                    teacher_schedule="ahead",
-                    teacher_tensor_model_parallel_size=own_tensor,
-                    teacher_pipeline_model_parallel_size=own_pipeline,
-                )
-                choices += [ahead, replace(ahead, offload_teacher=True, teacher_hidden="host")]
-        for parallel in choices:
-            yield replace(config, parallel=parallel)
+        return min(cost(each, step_time(each, self.world_size, self.gpu, self.assumed)) for each in sized)
 
+    def _fits_alone(self, config: Config) -> bool:
+        """Whether the student would fit if there were no teacher, at its smallest."""
+        training = replace(config.training, micro_batch_size=1, recompute=True)
+        alone = self._with_rows(replace(config, teacher=None, training=training), 1)
+        return self._room(rank_memory(alone, self.world_size)) >= 0
 
-def _sized(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions, command: str) -> Plan | None:
-    """The fastest plan of this layout over micro-batch size, recomputation and engine batch; None where none fits."""
-    found: list[Plan] = []
-    for recompute in (False, True):
-        for size in MICRO_BATCH_SIZES:
-            training = replace(config.training, micro_batch_size=size, recompute=recompute)
-            sized = replace(config, training=training)
-            if problems(sized, world_size, command):
-                continue
-            plan = _largest_engine_batch(sized, world_size, gpu, assumed)
-            if plan is not None:
+    def _sized(self, config: Config) -> Plan | None:
+        """The fastest plan of this layout over micro-batch size, recomputation and engine batch, if any fits."""
+        found: list[Plan] = []
+        for recompute in (False, True):
+            for size in MICRO_BATCH_SIZES:
+                training = replace(config.training, micro_batch_size=size, recompute=recompute)
+                sized = replace(config, training=training)
+                if problems(sized, self.world_size, self.command):
+                    if size == 1:
+                        return None  # nor is any other accepted
+                    continue
+                plan = self._largest_engine_batch(sized)
+                if plan is None:
+                    break  # nor does a larger micro-batch fit
                 found.append(plan)
-        if found:
-            break
-    return min(found, key=lambda plan: plan.time.total, default=None)
+            if found:
+                break
+        return min(found, key=lambda plan: plan.time.total, default=None)
 
+    def _largest_engine_batch(self, config: Config) -> Plan | None:
+        rows = self._all_rows(config)
+        while rows:
+            sized = self._with_rows(config, rows)
+            memory = rank_memory(sized, self.world_size)
+            if self._room(memory) >= 0:
+                return Plan(sized, self.world_size, memory, step_time(sized, self.world_size, self.gpu, self.assumed))
+            limit = self.gpu.memory - self.assumed.memory_reserve
+            if max(each.resident + max(each.training, each.teacher_pass) for each in memory.values()) > limit:
+                return None
+            rows //= 2
+        return None
 
-def _largest_engine_batch(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -> Plan | None:
-    rows = config.training.global_batch_size // student_layout(config, world_size).replicas
-    while rows:
-        sized = replace(config, rollout=replace(config.rollout, max_batch_size=rows))
-        memory = rank_memory(sized, world_size)
-        if max(each.peak for each in memory.values()) <= gpu.memory - assumed.memory_reserve:
-            return Plan(sized, world_size, memory, step_time(sized, world_size, gpu, assumed))
-        if max(each.resident + each.training for each in memory.values()) > gpu.memory - assumed.memory_reserve:
-            return None
-        rows //= 2
-    return None
+    def _room(self, memory: dict[str, RankMemory]) -> float:
+        """Bytes left on the fullest rank."""
+        return self.gpu.memory - self.assumed.memory_reserve - max(each.peak for each in memory.values())
+
+    def _all_rows(self, config: Config) -> int:
+        return max(1, config.training.global_batch_size // rollout_layout(config, self.world_size).replicas)
+
+    @staticmethod
+    def _with_rows(config: Config, rows: int) -> Config:
+        return replace(config, rollout=replace(config.rollout, max_batch_size=rows))
