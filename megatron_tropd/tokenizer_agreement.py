@@ -84,7 +84,9 @@ def _contents(tokenizer: Tokenizer, size: int) -> _Contents:
     if isinstance(tokenizer, SentencePieceTokenizer):
         processor = tokenizer.processor
         pieces = {index: processor.id_to_piece(index) for index in range(processor.vocab_size())}
-        return _Contents(pieces, pieces[tokenizer.eos_id])
+        # Of several ways to cut a word the one with the highest sum wins.
+        scores = {pieces[index]: processor.get_score(index) for index in range(size)}
+        return _Contents(pieces, pieces[tokenizer.eos_id], {"scores": scores})
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _huggingface_contents(tokenizer, size)
     tokens = {index: tokenizer.decode([index]) for index in range(tokenizer.vocab_size)}

@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 4},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_untied": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4},
     "qwen3_moe": {
         "model_type": "qwen3_moe",

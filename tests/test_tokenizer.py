@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,13 @@ def test_sentencepiece_models_agree_or_not(folder: Path, tmp_path: Path) -> None
     )
     with pytest.raises(TokenizerMismatchError, match="cut text differently: 'Hello  world"):
         shared_vocab_size(first, plain)
+    # The same pieces, but one is likelier: some word is cut in another way, be it none of the texts compared.
+    model = first.processor.serialized_model_proto()
+    score = struct.pack("<f", first.processor.get_score(first.processor.piece_to_id("o")))
+    assert model.count(score) == 1
+    (tmp_path / "likelier.model").write_bytes(model.replace(score, struct.pack("<f", -0.5)))
+    with pytest.raises(TokenizerMismatchError, match="cut text differently: scores, .* and -0.5"):
+        shared_vocab_size(first, SentencePieceTokenizer(tmp_path / "likelier.model"))
     with pytest.raises(TokenizerMismatchError, match="SentencePieceTokenizer, the teacher's a HuggingFaceTokenizer"):
         shared_vocab_size(first, HuggingFaceTokenizer(folder))
     assert shared_vocab_size(CharacterTokenizer("ab"), CharacterTokenizer("abc")) == 4
