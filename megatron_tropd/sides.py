@@ -8,7 +8,8 @@ Objects travel over gloo, tensors over the device's backend.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -48,6 +49,10 @@ def side_of(rank: int, job_size: int, num_generators: int) -> Side:
     return Side("generator", rank - num_trainers, num_generators, num_trainers, job_size)
 
 
+class LinkError(RuntimeError):
+    """The other side, or a rank of this one, is not there any more."""
+
+
 class Link:
     """Between the two sides. Ranks are the job's; every rank of both calls each method but ``exchange``, which the two
     ends of its messages call."""
@@ -79,20 +84,22 @@ class Link:
         """What each rank gives, by rank."""
         mine = _packed(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._objects.allgather([sizes], [torch.tensor([len(mine)])]).wait()
-        longest = int(max(sizes))
-        found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        self._objects.allgather([found], [torch.nn.functional.pad(mine, (0, longest - len(mine)))]).wait()
+        with _named():
+            self._objects.allgather([sizes], [torch.tensor([len(mine)])]).wait()
+            longest = int(max(sizes))
+            found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            self._objects.allgather([found], [torch.nn.functional.pad(mine, (0, longest - len(mine)))]).wait()
         return [_unpacked(one[: int(size)]) for one, size in zip(found, sizes, strict=True)]
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The ``value`` of ``source``; what others give is not read."""
         mine = _packed(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(mine)])
-        self._objects.broadcast([size], _from(source)).wait()
-        if self.rank != source:
-            mine = torch.empty(int(size), dtype=torch.uint8)
-        self._objects.broadcast([mine], _from(source)).wait()
+        with _named():
+            self._objects.broadcast([size], _from(source)).wait()
+            if self.rank != source:
+                mine = torch.empty(int(size), dtype=torch.uint8)
+            self._objects.broadcast([mine], _from(source)).wait()
         return _unpacked(mine)
 
     def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
@@ -100,14 +107,15 @@ class Link:
         group, batches = self._tensors, self._device.type == "cuda"
         if not sends and not receives:
             return
-        if batches:
-            group._start_coalescing(self._device)
-        works = [group.send([tensor], peer, 0) for tensor, peer in sends]
-        works += [group.recv([tensor], peer, 0) for tensor, peer in receives]
-        if batches:
-            works = [group._end_coalescing(self._device)]
-        for work in works:
-            work.wait()
+        with _named():
+            if batches:
+                group._start_coalescing(self._device)
+            works = [group.send([tensor], peer, 0) for tensor, peer in sends]
+            works += [group.recv([tensor], peer, 0) for tensor, peer in receives]
+            if batches:
+                works = [group._end_coalescing(self._device)]
+            for work in works:
+                work.wait()
 
     def copy_service(self) -> CopyService:
         """For Megatron's resharding."""
@@ -127,6 +135,18 @@ class Link:
         group._set_default_backend(kind)
         group._register_backend(device, kind, backend)
         return group
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkError(
+            "the link between the ranks that train and those that generate broke: a rank has ended, or kept the others "
+            "waiting for longer than parallel.distributed_timeout_minutes. Why is in its own exit report: "
+            "logs/rank_N.exit.json, of the generators in generators/logs"
+        ) from error
 
 
 class _CopyService(CopyService):
