@@ -84,24 +84,20 @@ class TeacherApart:
 
     def receive(self, counts: Counts) -> None:
         """What the teacher left of the next batch's micro-batches, ``counts`` being those of ``JudgeApart.judge``."""
-        shares: dict[int, tuple[torch.Tensor, int]] = {}
-        receives = []
+        self._judged = {}  # of a step that was prepared and not taken
+        stays = self._hidden == "device" or self._layout.device.type == "cpu"
         for delivery in deliveries(counts, self._places):
             if self._link.rank in delivery.destinations:
                 share_CH = self._room(delivery.num_rows)
-                shares[delivery.index] = share_CH, delivery.num_positions
-                if delivery.num_rows:
-                    receives.append((share_CH, delivery.source))
-        self._link.exchange([], receives)
-        in_place = self._hidden == "device" or self._layout.device.type == "cpu"
-        self._judged = {
-            index: Judged(share_CH if in_place else host_copy(share_CH), num_positions)
-            for index, (share_CH, num_positions) in shares.items()
-        }
+                # One at a time, so that no more than one is on the device where they wait on the host.
+                self._link.exchange([], [(share_CH, delivery.source)] if delivery.num_rows else [])
+                waits_CH = share_CH if stays else host_copy(share_CH)
+                self._judged[delivery.index] = Judged(waits_CH, delivery.num_positions)
 
     def judge(self, batch: Batch) -> list[Judged | None]:
-        """See ``teachers.Judges``: what has been received."""
-        judged = [self._judged.get(index) for index in range(len(batch.micro_batches))]
+        """See ``teachers.Judges``: what has been received, which is let go of."""
+        received, self._judged = self._judged, {}
+        judged = [received.get(index) for index in range(len(batch.micro_batches))]
         if self._layout.is_last_stage:
             found = [one and one.num_positions for one in judged]
             wanted = [one.loss_positions_N.shape[0] for one in batch.micro_batches]
@@ -141,13 +137,10 @@ class JudgeApart:
 
     def send(self) -> None:
         """What was judged last, to the student's end."""
-        sends = []
         for delivery in deliveries(self._counts, self._places):
             if self._link.rank == delivery.source and delivery.num_rows:
-                shares = delivery.shares(self._found[delivery.job]).contiguous()
-                sends += list(zip(shares.unbind(), delivery.destinations, strict=True))
-        self._link.exchange(sends, [])
-        self._found = {}
+                shares = delivery.shares(self._found.pop(delivery.job)).contiguous()
+                self._link.exchange(list(zip(shares.unbind(), delivery.destinations, strict=True)), [])
 
     def _send_head(self, layout: Layout, num_ids: int, padded_num_ids: int) -> None:
         whole_VH = self._pass.whole_head(num_ids) if layout.data_parallel_rank == 0 else None

@@ -27,8 +27,8 @@ def check_sides(config: Config, world_size: int) -> None:
     )
     require(
         count is None or 0 < count < world_size,
-        f"parallel.generator_ranks {count} of {world_size} processes leaves none for one of the sides: choose 1 to "
-        f"{world_size - 1}, or start more processes (torchrun --nproc-per-node)",
+        f"parallel.generator_ranks {count} of {world_size} processes leaves none for one of the sides: choose fewer, "
+        "at least 1, or start more processes (torchrun --nproc-per-node)",
     )
     require(
         parallel.teacher_schedule == "ahead",

@@ -141,6 +141,7 @@ def initialize(
         # micro-batches differ, and every decoded token has one of its own; flash attention does not plan.
         torch.backends.cuda.enable_cudnn_sdp(False)
     owns_world = not dist.is_initialized()
+    assert owns_world or side is None, "a side is a world of its own"
     timeout = timedelta(minutes=timeout_minutes + 1)
     link = _start_world(timeout, side, device) if owns_world else None
     if not parallel_state.model_parallel_is_initialized():
@@ -242,6 +243,9 @@ def message_group(layout: Layout) -> dist.ProcessGroup:
     """A process group of all ranks for messages between two of them; every rank calls it."""
     group = dist.new_group(timeout=layout.timeout)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    if not ON_CPU:
+        # NCCL's communicator is made by the first operation, and that must be one of all ranks.
+        dist.all_reduce(torch.zeros(1, device=layout.device), group=group)
     return group
 
 
@@ -272,6 +276,8 @@ def from_main[Value](value: Value) -> Value:
 
 def finish(layout: Layout) -> None:
     """Tear down what ``initialize`` started, so that no process is left waiting."""
+    if layout.link is not None:
+        layout.link.close()
     parallel_state.destroy_model_parallel()
     if layout.owns_world:
         dist.destroy_process_group()

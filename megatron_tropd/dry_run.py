@@ -80,7 +80,8 @@ def _implied_world_size(config: Config) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     parallel = config.parallel
-    return max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    replica = max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    return replica + num_generators(config, "train")
 
 
 def check(config: Config, world_size: int) -> Findings:

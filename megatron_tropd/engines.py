@@ -61,16 +61,15 @@ class Engines:
 
 
 def training_engines(run: Run, learner: Learner) -> Engines:
-    """Those of a run that trains, on a copy where ``rollout.tensor_model_parallel_size`` asks for one (with a side of
-    the job that generates it is there, and evaluations use the trainer's weights)."""
+    """Those of a run that trains, on a copy where ``rollout.tensor_model_parallel_size`` asks for one. Where other
+    ranks generate, the copy is theirs, and these engines, for evaluations, read the trainer's weights."""
     config, student = run.config, learner.students[-1]
     tensor_parallel_size = config.rollout.tensor_model_parallel_size
     if tensor_parallel_size is None or run.layout.link is not None:
         return Engines(student, run.layout)
     copy = build_inference_copy(
         config.student,
-        learner.students,
-        run.layout,
+        (learner.students, run.layout),
         inference_layout(run.layout, tensor_model_parallel_size=tensor_parallel_size),
         padded_vocab_size=student_padded_vocab_size(run),
         max_sequence_length=run.max_sequence_length,

@@ -19,7 +19,7 @@ from megatron_tropd.building import (
     teacher_vocab_sizes,
 )
 from megatron_tropd.distributed import active
-from megatron_tropd.one_step_off import Generated, Order, Prepared, is_for
+from megatron_tropd.one_step_off import READY, Generated, Order, Prepared, is_for
 from megatron_tropd.refit import InferenceCopy, build_inference_copy, inference_layout
 from megatron_tropd.rollout import build_engine
 from megatron_tropd.rollout_source import build_source
@@ -38,18 +38,19 @@ def serve(run: Run, requests: Requests) -> None:
     while True:
         order: Order | None = link.broadcast(None, link.leader_of_trainers)
         if order is None:
-            run.monitor.journal.outcome = "finished"
+            run.monitor.journal.outcome = "sigterm" if run.should_stop() else "finished"
             return
+        link.broadcast(READY, link.leader_of_generators)
         run.monitor.phases.begin("refit")
         generator.copy.follow(order.version)
         if prepared is None or order.given is not None or not is_for(prepared.generated, order.step, order.batch):
             prepared = generator.prepare(order.step, order.batch, weights_of=order.step, given=order.given)
         run.monitor.phases.begin("log")
-        link.broadcast(prepared, link.leader_of_generators)
+        link.broadcast(replace(prepared, stop=run.should_stop()), link.leader_of_generators)
         generator.judge.send()
         run.monitor.end_step({})
         prepared = None
-        if order.step + 1 < run.config.training.train_iters:
+        if order.step + 1 < run.config.training.train_iters and not order.last:
             prepared = generator.prepare(order.step + 1, order.batch + 1, weights_of=order.step)
 
 
@@ -68,13 +69,13 @@ class Generator:
         assert config.rollout.tensor_model_parallel_size is not None
         self.copy: InferenceCopy = build_inference_copy(
             config.student,
-            [],
             None,
             inference_layout(layout, tensor_model_parallel_size=config.rollout.tensor_model_parallel_size),
             padded_vocab_size=student_padded_vocab_size(run),
             max_sequence_length=run.max_sequence_length,
             dtype=run.dtype,
             check_interval=config.rollout.refit_check_interval,
+            meeting=layout.link,
         )
         with active(self.copy.layout):
             engine = build_engine(
@@ -104,6 +105,7 @@ class Generator:
         run.monitor.phases.begin("teacher")
         counts = self.judge.judge(self._inputs(given.rollouts, step))
         seconds = {"seconds_generation": generated - started, "seconds_judgement": perf_counter() - generated}
+        run.monitor.phases.end()
         return Prepared(given, counts, seconds)
 
     def _everyones(self, mine: list[Rollout]) -> list[Rollout]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -29,6 +29,8 @@ from megatron_tropd.trajectories import Trajectories
 from megatron_tropd.types import Rollout
 
 FILE = "next_rollouts.jsonl"
+READY = "ready"
+"""The generators' answer to an order, before anything is sent: until then the trainers waited for their work."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Order:
     """Of their weights."""
     given: Generated | None = None
     """To be judged as they are; None: to be generated."""
+    last: bool = False
+    """Nothing will be asked for after it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Prepared:
     counts: Counts
     seconds: dict[str, float]
     """What it took, by metric."""
+    stop: bool = False
+    """SIGTERM has arrived on one of the generators."""
 
 
 class OneStepOff:
@@ -81,12 +87,14 @@ class OneStepOff:
         train_iters: int,
         version: Callable[[], int],
         before_sending: Callable[[], None],
+        stop: Callable[[], None],
     ):
-        """``version`` is that of the weights, ``before_sending`` makes them whole."""
+        """``version`` is that of the weights, ``before_sending`` makes them whole; ``stop`` asks the run to end."""
         assert layout.link is not None
         self._layout, self._link = layout, layout.link
         self._requests, self._refit, self._teacher = requests, refit, teacher
         self._train_iters, self._version, self._before_sending = train_iters, version, before_sending
+        self._stop = stop
         self._at: tuple[int, int] | None = None
         """(Step, number of the batch) that was taken last."""
         self._next: Prepared | None = None
@@ -115,13 +123,16 @@ class OneStepOff:
         """Forget what is prepared: the next meeting asks for another step, so the generators do too."""
         self._next = None
 
-    def files(self) -> dict[str, str]:
-        """The next step's rollouts as JSON lines, after a line that says for which step they are."""
+    def files(self, *, last: bool = False) -> dict[str, str]:
+        """The next step's rollouts as JSON lines, after a line that says for which step they are; on the rank that
+        writes. Meets the generators, so every rank calls it."""
         if self._at is None or self._at[0] + 1 >= self._train_iters:
             return {}
         step, batch = (number + 1 for number in self._at)
         if self._next is None:
-            self._next = self._meet(step, batch)
+            self._next = self._meet(step, batch, last=last)
+        if not self._layout.is_main:
+            return {}
         generated = self._next.generated
         head = {"step": step, "batch": batch, "weights_of": generated.weights_of, "metrics": generated.metrics}
         lines = [head, *map(record_of, generated.rollouts)]
@@ -147,20 +158,25 @@ class OneStepOff:
         """The run is over: let the generators go."""
         self._link.broadcast(None, self._link.leader_of_trainers)
 
-    def _meet(self, step: int, batch: int) -> Prepared:
+    def _meet(self, step: int, batch: int, *, last: bool = False) -> Prepared:
         given, self._given = self._given, None
-        self._before_sending()
-        version = self._version()
         if given is not None and not is_for(given, step, batch):
             given = None
-        self._link.broadcast(Order(step, batch, version, given), self._link.leader_of_trainers)
+        self._before_sending()
+        version, link = self._version(), self._link
+        started = perf_counter()
+        link.broadcast(Order(step, batch, version, given, last), link.leader_of_trainers)
+        link.broadcast(READY, link.leader_of_generators)
+        waited = perf_counter() - started
         self._refit.follow(version)
         started = perf_counter()
-        found: Prepared = self._link.broadcast(None, self._link.leader_of_generators)
+        found: Prepared = link.broadcast(None, link.leader_of_generators)
+        waited += perf_counter() - started
         self._teacher.receive(found.counts)
-        found.seconds["seconds_waiting"] = perf_counter() - started
-        found.seconds["seconds_refit"] = self._refit.pop_seconds()
-        return found
+        if found.stop:
+            self._stop()
+        seconds = found.seconds | {"seconds_waiting": waited, "seconds_refit": self._refit.pop_seconds()}
+        return replace(found, seconds=seconds)
 
 
 def is_for(generated: Generated, step: int, batch: int) -> bool:

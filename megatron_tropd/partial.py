@@ -168,7 +168,7 @@ class PartialRollouts:
             sample.versions + (step,) * len(piece.response),
         )
 
-    def files(self) -> dict[str, str]:
+    def files(self, *, last: bool = False) -> dict[str, str]:
         """The samples as JSON lines, after a line with the next sample's id; every token with its weights' version."""
         lines: list[dict[str, Any]] = [{"next_sample": self._next_sample or 0}]
         lines += [record_of(sample) for sample in self._samples.values()]

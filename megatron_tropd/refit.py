@@ -182,8 +182,7 @@ class InferenceCopy(Refit):
 
 def build_inference_copy(
     config: ModelConfig,
-    trainer: Sequence[GPTModel],
-    trainer_layout: Layout | None,
+    trainer: tuple[Sequence[GPTModel], Layout] | None,
     layout: Layout,
     *,
     padded_vocab_size: int,
@@ -191,12 +190,13 @@ def build_inference_copy(
     dtype: torch.dtype,
     check_interval: int,
     lora: LoraConfig | None = None,
+    meeting: Meeting | None = None,
 ) -> InferenceCopy:
     """The copy of ``trainer`` in ``layout`` (see `InferenceCopy`); it has no weights yet.
 
     ``padded_vocab_size`` is the trainer's, whose rows the copy has too; with ``lora`` it has adapters like the trainer.
-    Every rank of the layout calls it. Without a ``trainer_layout`` the trainer is on the job's other side, which builds
-    its `Refit` at the same time.
+    Every rank of the layout calls it. A trainer on other ranks (None here) builds its `Refit` with the same ``meeting``
+    at the same time; by default the trainer is on the same ranks.
     """
     with active(layout):
         model = build_model(
@@ -211,17 +211,16 @@ def build_inference_copy(
         if lora is not None:
             add_adapters(model, lora, layout, seed=0)
     model.requires_grad_(False).eval()
-    if trainer_layout is None:
-        assert layout.link is not None
-        return InferenceCopy(None, model, layout, layout.link, check_interval=check_interval)
-    own = trainer, trainer_layout
-    return InferenceCopy(own, model, layout, _OneWorld(trainer_layout), check_interval=check_interval)
+    if meeting is None:
+        assert trainer is not None
+        meeting = _OneWorld(trainer[1])
+    return InferenceCopy(trainer, model, layout, meeting, check_interval=check_interval)
 
 
-def inference_layout(trainer_layout: Layout, *, tensor_model_parallel_size: int) -> Layout:
+def inference_layout(first: Layout, *, tensor_model_parallel_size: int) -> Layout:
     """The layout of a copy over the same ranks: tensor parallelism alone, for single positions do not divide."""
     layout = another_layout(
-        trainer_layout, tensor_model_parallel_size=tensor_model_parallel_size, pipeline_model_parallel_size=1
+        first, tensor_model_parallel_size=tensor_model_parallel_size, pipeline_model_parallel_size=1
     )
     return replace(layout, sequence_parallel=False)
 

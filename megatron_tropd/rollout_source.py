@@ -48,7 +48,9 @@ def _generate_whole(
     longest, num_learned = config.rollout.max_response_length, config.training.global_batch_size
     count, rank, size = config.rollout.num_in_flight(num_learned), layout.data_parallel_rank, layout.data_parallel_size
     asked = requests.begin(batch * count, count, step)
-    mine = split_for_rank(asked, [requests.expected_length(request) for request in asked], rank=rank, size=size)
+    lengths = [requests.expected_length(request) for request in asked]
+    # Of ranks that generate for others the number need not divide the batch.
+    mine = split_for_rank(asked, lengths, rank=rank, size=size, even=layout.link is None)
     epochs = requests.epochs((batch + 1) * count)
     if count == num_learned:
         rollouts = engine.generate(mine, max_response_length=longest)

@@ -84,6 +84,10 @@ class Run:
         types = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}
         return types[self.config.training.precision]
 
+    def request_stop(self) -> None:
+        """Save after the step in hand and end, as after SIGTERM."""
+        self.stop_requested = True
+
     def should_stop(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on every rank."""
         flag = torch.tensor(float(self.stop_requested), device=self.layout.device)
@@ -154,7 +158,7 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     run = Run(config, layout, tokenizer, folder, teacher_tokenizer, Monitor(config, layout, folder, command))
 
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
-        run.stop_requested = True
+        run.request_stop()
 
     previous = signal.signal(signal.SIGTERM, request_stop)
     watchdog = Watchdog(

@@ -49,6 +49,9 @@ def side_of(rank: int, job_size: int, num_generators: int) -> Side:
     return Side("generator", rank - num_trainers, num_generators, num_trainers, job_size)
 
 
+_FOR_GOOD = timedelta(days=365)
+
+
 class LinkError(RuntimeError):
     """The other side, or a rank of this one, is not there any more."""
 
@@ -58,12 +61,18 @@ class Link:
     ends of its messages call."""
 
     def __init__(self, store: dist.Store, side: Side, device: torch.device, timeout: timedelta):
-        """``store`` is one that all ranks share, and nobody else writes to."""
+        """``store`` is one that all ranks share, and nobody else writes to.
+
+        ``timeout`` is that of a transfer of tensors. Between two of them a side waits for as long as the other works,
+        which may evaluate or export for hours; each side's watchdog finds a rank of its own that hangs.
+        """
         self.side = side
         self.rank, self.size = side.first + side.rank, side.job_size
+        """Of this rank in the job, and how many there are."""
         self.first = side.first
+        """The job's rank of this side's first."""
         self._device = device
-        self._objects = self._group(dist.PrefixStore("objects", store), torch.device("cpu"), timeout)
+        self._objects = self._group(dist.PrefixStore("objects", store), torch.device("cpu"), _FOR_GOOD)
         self._tensors = self._objects
         if device.type == "cuda":
             self._tensors = self._group(dist.PrefixStore("tensors", store), device, timeout)
@@ -92,7 +101,7 @@ class Link:
         return [_unpacked(one[: int(size)]) for one, size in zip(found, sizes, strict=True)]
 
     def broadcast(self, value: Any, source: int) -> Any:
-        """The ``value`` of ``source``; what others give is not read."""
+        """The ``value`` of ``source``, which gets it back as it is; what others give is not read."""
         mine = _packed(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(mine)])
         with _named():
@@ -100,7 +109,7 @@ class Link:
             if self.rank != source:
                 mine = torch.empty(int(size), dtype=torch.uint8)
             self._objects.broadcast([mine], _from(source)).wait()
-        return _unpacked(mine)
+        return value if self.rank == source else _unpacked(mine)
 
     def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Contiguous tensors to and from ranks, all at once; those between two ranks in the order that both name."""
@@ -116,6 +125,11 @@ class Link:
                 works = [group._end_coalescing(self._device)]
             for work in works:
                 work.wait()
+
+    def close(self) -> None:
+        """No rank sends or waits any more."""
+        if self._tensors is not self._objects:
+            self._tensors._get_backend(self._device).shutdown()
 
     def copy_service(self) -> CopyService:
         """For Megatron's resharding."""
@@ -143,9 +157,8 @@ def _named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LinkError(
-            "the link between the ranks that train and those that generate broke: a rank has ended, or kept the others "
-            "waiting for longer than parallel.distributed_timeout_minutes. Why is in its own exit report: "
-            "logs/rank_N.exit.json, of the generators in generators/logs"
+            "the link between the ranks that train and those that generate broke: a rank of either has ended. Why is "
+            "in its own exit report: logs/rank_N.exit.json, of those that generate in generators/logs"
         ) from error
 
 

@@ -97,6 +97,7 @@ def _from_generators(run: Run, learner: Learner, requests: Requests) -> OneStepO
         train_iters=config.training.train_iters,
         version=lambda: int(learner.scheduler.num_steps),
         before_sending=learner.gather.finish,
+        stop=run.request_stop,
     )
 
 
@@ -182,7 +183,7 @@ def run_steps(run: Run, learner: Learner, source: TrajectorySource, mixture: Mix
         done = step + 1
         if stop or done == training.train_iters or (training.save_interval and done % training.save_interval == 0):
             monitor.phases.begin("save")
-            save(run, learner, done, source.files())
+            save(run, learner, done, source.files(last=stop))
             saved_step = done
             if run.background is not None and (stop or done == training.train_iters):
                 run.background.finish()
@@ -194,7 +195,7 @@ def run_steps(run: Run, learner: Learner, source: TrajectorySource, mixture: Mix
             return
         step = done
     if step > saved_step:  # training.target_accuracy is reached between two checkpoints
-        save(run, learner, step, source.files())
+        save(run, learner, step, source.files(last=True))
         if run.background is not None:
             run.background.finish()
     log.write({"step": step, **_evaluate(run, learner, evaluator)})

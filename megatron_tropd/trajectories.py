@@ -40,8 +40,8 @@ class TrajectorySource(Protocol):
         """Forget what is in the making: the weights have become others."""
         ...
 
-    def files(self) -> dict[str, str]:
-        """What a checkpoint has to keep: text by the name of a file in its folder."""
+    def files(self, *, last: bool = False) -> dict[str, str]:
+        """What a checkpoint has to keep: text by the name of a file in its folder. ``last``: the run stops here."""
         ...
 
     def restore(self, checkpoint: Path) -> None:
@@ -84,7 +84,7 @@ class TrajectoryQueue:
         """Forget them: the weights have become others."""
         self._waiting.clear()
 
-    def files(self) -> dict[str, str]:
+    def files(self, *, last: bool = False) -> dict[str, str]:
         """None: a run is saved between rollouts."""
         return {}
 

@@ -152,8 +152,7 @@ def _on_a_copy(learner: Any) -> Any:
     layout, student = learner.layout, learner.stage.module
     copy = build_inference_copy(
         tiny.STUDENT,
-        [student],
-        layout,
+        ([student], layout),
         inference_layout(layout, tensor_model_parallel_size=3 - layout.tensor_parallel_size),
         padded_vocab_size=student.vocab_size,
         max_sequence_length=64,

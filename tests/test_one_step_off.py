@@ -38,6 +38,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "rollout": {"tensor_model_parallel_size": 2},
         },
     ),
+    "tensor 2 + 1, packed": (
+        3,
+        {
+            "parallel": {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "teacher_tensor_model_parallel_size": 1,
+            },
+            "training": {"micro_batch_tokens": 44, "sequence_packing": True},
+        },
+    ),
     "pipeline 2 x data 2 + replicas": (
         6,
         {
@@ -91,7 +102,7 @@ def _train_a_step_ahead(path: str) -> None:
         def can_pause(self) -> bool:
             return True
 
-        def files(self) -> dict[str, str]:
+        def files(self, *, last: bool = False) -> dict[str, str]:
             return {}
 
         def restore(self, checkpoint: Path) -> None:
@@ -124,6 +135,23 @@ def _die(path: str, rank: int, at_step: int) -> None:
     generator.Generator._inputs = kill(  # type: ignore[method-assign]
         generator.Generator._inputs, lambda _, rollouts, step: step
     )
+    _train(path)
+
+
+def _sigterm_to_a_generator(path: str, at_step: int) -> None:
+    import os
+    import signal
+
+    from megatron_tropd import generator
+
+    inputs = generator.Generator._inputs
+
+    def or_signal(self: Any, rollouts: Any, step: int) -> Any:
+        if step == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inputs(self, rollouts, step)
+
+    generator.Generator._inputs = or_signal  # type: ignore[method-assign]
     _train(path)
 
 
@@ -223,6 +251,21 @@ def test_after_a_rollback_rollouts_are_of_the_weights_of_then(tmp_path: Path, da
     assert [line["rollout_age"] for line in steps] == [0, 1, 0, 1]
     assert max(line["log_prob_gap"] for line in steps if line["rollout_age"] == 0) < 1e-5
     assert _samples(tmp_path / "run", 2)[0]["sample_id"] == 4 * 16
+
+
+def test_sigterm_to_a_generator_stops_the_run_which_continues_with_more_of_them(
+    runs: dict[str, Path], tmp_path: Path, data: Path
+) -> None:
+    path, run = _config(tmp_path, data, training={"save_interval": 0}), tmp_path / "run"
+    run_ranks(2, _sigterm_to_a_generator, str(path), 2, init_process_group=False)
+    # Told with the rollouts of step 2, at whose end the run is saved.
+    assert (run / "checkpoints" / "latest").read_text() == "step_3"
+    report = json.loads((run / "generators" / "logs" / "rank_0.exit.json").read_text())
+    assert report["outcome"] == "sigterm"
+    run_ranks(3, _train, str(path), ("--parallel.generator_ranks=2",), init_process_group=False)
+    for wanted, line in zip(_metrics(runs["1 + 1"])[:4], _metrics(run)[:4], strict=True):
+        for key in ("loss", "grad_norm", "rollout_age", "stale_token_share"):
+            assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), (line["step"], key)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,7 @@ def _copy_of(learner: Any, config: ModelConfig, tensor_parallel_size: int) -> An
 
     return build_inference_copy(
         config,
-        [learner.stage.module],
-        learner.layout,
+        ([learner.stage.module], learner.layout),
         inference_layout(learner.layout, tensor_model_parallel_size=tensor_parallel_size),
         padded_vocab_size=padded_vocab_size(
             VOCAB_SIZE,
