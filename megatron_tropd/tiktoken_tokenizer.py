@@ -44,10 +44,17 @@ class TiktokenTokenizer:
         self.vocab_size: int = self._tokenizer.vocab_size
         self.eos_id: int = self._tokenizer.eos_id
         self.pad_id: int = self._tokenizer.pad_id
+        self.pattern = str(options.get("pattern", "v2"))
+        """Megatron's name of the expression that splits text before it is merged."""
         settings = {**options, "vocab_size": self.vocab_size}
         self.fingerprint = fingerprint_of(b"tiktoken", json.dumps(settings, sort_keys=True).encode() + b"\0" + content)
         self._chat = chat or ChatOptions()
         self._template = self._chat.read_template()
+
+    def token(self, index: int) -> str:
+        """A special token's name, or a token's bytes as Python writes them: many are no text of their own."""
+        specials: list[str] = self._tokenizer.special_tokens
+        return specials[index] if index < len(specials) else repr(self._tokenizer.id2token[index])
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""

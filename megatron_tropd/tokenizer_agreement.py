@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tropd.special_tokens import SpecialTokenError, TokenMap, map_special_tokens
+from megatron_tropd.tiktoken_tokenizer import TiktokenTokenizer
 from megatron_tropd.tokenizer import CharacterTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 _SHOWN = 5
@@ -89,8 +90,9 @@ def _contents(tokenizer: Tokenizer, size: int) -> _Contents:
         return _Contents(pieces, pieces[tokenizer.eos_id], {"scores": scores})
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _huggingface_contents(tokenizer, size)
-    tokens = {index: tokenizer.decode([index]) for index in range(tokenizer.vocab_size)}
-    return _Contents(tokens, str(tokenizer.eos_id))
+    assert isinstance(tokenizer, TiktokenTokenizer)
+    tokens = {index: tokenizer.token(index) for index in range(tokenizer.vocab_size)}
+    return _Contents(tokens, tokens[tokenizer.eos_id], {"pattern": tokenizer.pattern})
 
 
 def _huggingface_contents(tokenizer: HuggingFaceTokenizer, size: int) -> _Contents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_tiktoken_through_megatron(tmp_path: Path, prompt_file: Any) -> None:
         shared_vocab_size(tokenizer, other)
     longer = made.save_tiktoken(tmp_path / "longer.json", words=("th", "the", " t", " the", "er", "zzz"))
     assert shared_vocab_size(tokenizer, build_tokenizer("tiktoken", "", str(longer), None, options)) == 271
+    # Halves of characters that no probe has are no text of their own; and the same tokens behind another expression.
+    halves = []
+    for half in (b"\xf3\xa0", b"\xf3\xa1"):
+        rows = json.loads(path.read_text())
+        rows[-1] |= {"token_bytes": base64.b64encode(half).decode(), "token_str": "\ufffd"}
+        (tmp_path / "halves.json").write_text(json.dumps(rows))
+        halves.append(build_tokenizer("tiktoken", "", str(tmp_path / "halves.json"), None, options))
+    with pytest.raises(TokenizerMismatchError, match="1 of the 271 ids .*: 270: "):
+        shared_vocab_size(*halves)
+    with pytest.raises(TokenizerMismatchError, match='cut text differently: pattern is "v2" and "v1"'):
+        shared_vocab_size(tokenizer, build_tokenizer("tiktoken", "", str(path), None, {**options, "pattern": "v1"}))
     (tmp_path / "broken.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="broken.json with .* Megatron cannot read it as a tiktoken vocabulary"):
         build_tokenizer("tiktoken", "", str(tmp_path / "broken.json"))
