@@ -137,7 +137,8 @@ def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, 
     world_size, *sections = LAYOUTS[name]
     config = _config(*sections)
     kinds = rank_memory(config, world_size, layer_spec="local")
-    blocks = replace(config, rollout=replace(config.rollout, engine="dynamic"))
+    has_dynamic = config.parallel.context_parallel_size == 1
+    blocks = replace(config, rollout=replace(config.rollout, engine="dynamic" if has_dynamic else "static"))
     of_blocks = rank_memory(blocks, world_size, layer_spec="local")
     for stage, (kind, predicted) in enumerate(kinds.items()):
         ranks = [rank for rank in measured[name] if rank["stage"] == stage]
