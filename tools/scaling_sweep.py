@@ -3,8 +3,9 @@
 python tools/scaling_sweep.py
 
 Everything here is a prediction of megatron_tropd.planner; no GPU is needed and none has been measured. "Separate" (one
-group of GPUs generates and judges, another trains, one step behind: ``training.one_step_off``) is none of the layouts that the
-planner searches; an engine with a smaller launch overhead is what a run could gain, and the package does not have it.
+group of GPUs generates and judges, another trains, one step behind: ``training.one_step_off``) is none of the layouts
+that the planner searches; an engine with a smaller launch overhead is what a run could gain, and the package does not
+have it.
 """
 
 from __future__ import annotations
