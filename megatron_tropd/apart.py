@@ -50,7 +50,7 @@ class _Rank:
 def _meet(layout: Layout, *, is_teacher: bool) -> tuple[Link, list[_Rank], Places]:
     link = layout.link
     assert link is not None, "this job has one side"
-    place, cut = last_stage_place(layout), layout.tensor_parallel_size if layout.sequence_parallel else 1
+    place, cut = last_stage_place(layout), layout.sequence_cut
     mine = _Rank(place, None, cut, 0) if is_teacher else _Rank(None, place, cut, layout.data_parallel_size)
     everyone: list[_Rank] = link.all_gather(mine)
     return link, everyone, Places.of([(rank.teacher, rank.student) for rank in everyone])

@@ -83,6 +83,11 @@ class Layout:
         return self.is_last_stage and chunk == self.virtual_pipeline_size - 1
 
     @property
+    def sequence_cut(self) -> int:
+        """What the positions of a micro-batch must be a multiple of, so that sequence parallelism can cut them."""
+        return self.tensor_parallel_size if self.sequence_parallel else 1
+
+    @property
     def is_main(self) -> bool:
         """Rank 0: the one that prints and writes files."""
         return self.rank == 0

@@ -117,9 +117,8 @@ class Generator:
 
     def _inputs(self, rollouts: Sequence[Rollout], step: int) -> list[list[TeacherInput]]:
         """What the teacher reads of the micro-batches that each student replica will build."""
-        size, layout = self.judge.student_replicas, self._run.layout
-        own = layout.tensor_parallel_size if layout.sequence_parallel else 1
-        multiple, lengths = lcm(own, self.judge.student_sequence_cut), [num_tokens(one) for one in rollouts]
+        size, lengths = self.judge.student_replicas, [num_tokens(one) for one in rollouts]
+        multiple = lcm(self._run.layout.sequence_cut, self.judge.student_sequence_cut)
         return [
             [
                 teacher_input(one)

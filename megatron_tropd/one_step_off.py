@@ -16,14 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from megatron_tropd.apart import Counts, TeacherApart
 from megatron_tropd.batch import num_tokens, split_for_rank
 from megatron_tropd.distributed import Layout
-from megatron_tropd.integrity import CheckpointError
-from megatron_tropd.jsonl import DataError, read_objects
 from megatron_tropd.refit import Refit
-from megatron_tropd.rollout_records import integer, read_record, record_of
+from megatron_tropd.rollout_records import integer, read_kept, read_record, record_of
 from megatron_tropd.training_requests import Requests
 from megatron_tropd.trajectories import Trajectories
 from megatron_tropd.types import Rollout
@@ -140,19 +139,13 @@ class OneStepOff:
 
     def restore(self, checkpoint: Path) -> None:
         """Raises CheckpointError for a file that ``files`` has not written; without one the next rollouts are new."""
-        path = checkpoint / FILE
-        if not path.exists():
-            return
-        try:
-            (_, head), *lines = read_objects(path)
-            rollouts = [read_record(line, self._requests.again) for _, line in lines]
-            step, batch, weights_of = (integer(head[name]) for name in ("step", "batch", "weights_of"))
-            metrics = {str(name): float(value) for name, value in head["metrics"].items()}
-            self._given = Generated(step, batch, weights_of, rollouts, metrics)
-        except (DataError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); continue from another checkpoint: write its name into `latest`"
-            ) from error
+        self._given = read_kept(checkpoint / FILE, self._read)
+
+    def _read(self, head: dict[str, Any], records: list[dict[str, Any]]) -> Generated:
+        step, batch, weights_of = (integer(head[name]) for name in ("step", "batch", "weights_of"))
+        metrics = {str(name): float(value) for name, value in head["metrics"].items()}
+        rollouts = [read_record(record, self._requests.again) for record in records]
+        return Generated(step, batch, weights_of, rollouts, metrics)
 
     def close(self) -> None:
         """The run is over: let the generators go."""

@@ -25,11 +25,9 @@ import torch.distributed as dist
 
 from megatron_tropd.batch import num_tokens, split_for_rank
 from megatron_tropd.distributed import Layout
-from megatron_tropd.integrity import CheckpointError
-from megatron_tropd.jsonl import DataError, read_objects
 from megatron_tropd.metrics import imbalance
 from megatron_tropd.rollout import RolloutEngine
-from megatron_tropd.rollout_records import integer, read_record, record_of
+from megatron_tropd.rollout_records import integer, read_kept, read_record, record_of
 from megatron_tropd.training_requests import Requests
 from megatron_tropd.trajectories import Trajectories, has_ended
 from megatron_tropd.types import Rollout
@@ -176,27 +174,21 @@ class PartialRollouts:
 
     def restore(self, checkpoint: Path) -> None:
         """Raises CheckpointError for a file that ``files`` has not written; without one there are only new samples."""
-        path = checkpoint / FILE
-        if not path.exists():
-            return
-        try:
-            (_, head), *lines = read_objects(path)
-            self._next_sample = integer(head["next_sample"])
-            samples = [self._read(line, self._next_sample) for _, line in lines]
-        except (DataError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); continue from another checkpoint: write its name into `latest`"
-            ) from error
-        # The oldest, where a changed config has fewer in flight.
-        self._samples = {sample.request.sample_id: sample for sample in samples[: self._pace.num_in_flight]}
+        kept = read_kept(checkpoint / FILE, self._read)
+        if kept is not None:
+            self._next_sample, samples = kept
+            # The oldest, where a changed config has fewer in flight.
+            self._samples = {sample.request.sample_id: sample for sample in samples[: self._pace.num_in_flight]}
 
-    def _read(self, line: dict[str, Any], next_sample: int) -> Rollout:
-        sample = read_record(line, self._requests.again)
-        if sample.request.sample_id >= next_sample:
-            raise ValueError(f"sample {sample.request.sample_id} is not below {next_sample}, the next one")
-        if len(sample.versions) != len(sample.response):
-            raise ValueError(f"sample {sample.request.sample_id}: not one version for each token")
-        return sample
+    def _read(self, head: dict[str, Any], records: list[dict[str, Any]]) -> tuple[int, list[Rollout]]:
+        next_sample = integer(head["next_sample"])
+        samples = [read_record(record, self._requests.again) for record in records]
+        for sample in samples:
+            if sample.request.sample_id >= next_sample:
+                raise ValueError(f"sample {sample.request.sample_id} is not below {next_sample}, the next one")
+            if len(sample.versions) != len(sample.response):
+                raise ValueError(f"sample {sample.request.sample_id}: not one version for each token")
+        return next_sample, samples
 
 
 def _exchange(pieces: Sequence[Rollout], group: dist.ProcessGroup) -> dict[int, tuple[Any, ...]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
+from megatron_tropd.integrity import CheckpointError
+from megatron_tropd.jsonl import DataError, read_objects
 from megatron_tropd.types import Rollout, RolloutRequest
 
 
@@ -38,6 +41,22 @@ def read_record(record: dict[str, Any], request: Callable[[int, Sequence[int]], 
         raise ValueError(f"sample {sample_id}: finished is {finished!r}")
     prefix = tuple(map(integer, record["prefix"]))
     return Rollout(request(sample_id, prefix), response, log_probs, finished, entropies, versions)
+
+
+def read_kept[Kept](path: Path, read: Callable[[dict[str, Any], list[dict[str, Any]]], Kept]) -> Kept | None:
+    """What ``read`` makes of a checkpoint's file of records, from its first line and the others; None without the file.
+
+    Raises CheckpointError where the lines are not what ``read`` can take.
+    """
+    if not path.exists():
+        return None
+    try:
+        head, *records = (line for _, line in read_objects(path))
+        return read(head, records)
+    except (DataError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); continue from another checkpoint: write its name into `latest`"
+        ) from error
 
 
 def runs(versions: Sequence[int]) -> list[list[int]]:

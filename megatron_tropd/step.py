@@ -94,8 +94,7 @@ class Learner:
     def sequence_multiple(self) -> int:
         """What the number of positions of a micro-batch must be a multiple of: two chunks for each context-parallel
         rank, each rank's part divisible over the tensor-parallel ranks where these cut it."""
-        own = self.layout.tensor_parallel_size if self.layout.sequence_parallel else 1
-        parts = self.layout.context_parallel_size
+        own, parts = self.layout.sequence_cut, self.layout.context_parallel_size
         return parts * math.lcm(2 if parts > 1 else 1, own, self.ahead.sequence_cut if self.ahead is not None else 1)
 
     @property

@@ -119,8 +119,9 @@ class TeacherPass:
 
     def _nothing(self) -> TeacherInput:
         """The least that runs through the layers: a token for each rank that shares a sequence, none that counts."""
-        length = self.layout.tensor_parallel_size if self.layout.sequence_parallel else 1
-        return TeacherInput(torch.zeros(1, length, dtype=torch.long), torch.zeros(0, dtype=torch.long), None)
+        return TeacherInput(
+            torch.zeros(1, self.layout.sequence_cut, dtype=torch.long), torch.zeros(0, dtype=torch.long), None
+        )
 
     def _put_away(self) -> None:
         for weight, host in self._on_host:

@@ -46,8 +46,7 @@ class TeachersAhead:
     def __init__(self, teachers: Mapping[str, TeacherAhead]):
         """The order of ``teachers`` is that of the passes: the same on every rank."""
         self.teachers = dict(teachers)
-        layout = next(iter(self.teachers.values())).layout
-        self.sequence_cut = layout.tensor_parallel_size if layout.sequence_parallel else 1
+        self.sequence_cut = next(iter(self.teachers.values())).layout.sequence_cut
 
     @property
     def seconds(self) -> float:
