@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,18 +20,22 @@ from megatron_tropd.config import (
 from megatron_tropd.config_checks import problems
 from megatron_tropd.config_lora import LoraConfig
 from megatron_tropd.planner import (
+    Sizes,
     activation_bytes,
+    job_time,
     model_parameters,
     rank_memory,
+    rollout_layout,
     stage_adapter_parameters,
     stage_parameters,
     weight_bytes,
 )
 from megatron_tropd.planner.hardware import GPUS, Assumptions
-from megatron_tropd.planner.layouts import cost, plans
+from megatron_tropd.planner.layouts import plans
 from megatron_tropd.planner.parameters import padded_vocabulary
+from megatron_tropd.planner.plan import cost
 from megatron_tropd.planner.shapes import SHAPES, find_model
-from megatron_tropd.planner.timing import forward_flops, step_time
+from megatron_tropd.planner.timing import decoding, expert_dispatch_seconds, forward_flops, step_time
 
 
 def config(student: str, teacher: str | None, **changes: object) -> Config:
@@ -127,12 +132,104 @@ def test_training_throughput_brackets_that_of_llama_3() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "gpus", "generators", "tensor", "pipeline", "recompute", "mean_tokens", "published"),
+    [
+        ("llama3-8b", 16, None, 1, 2, True, 1060, 97.7),
+        ("llama3-8b", 16, 8, 1, 2, True, 1129, 74.6),
+        ("qwen3-32b", 32, None, 4, 4, False, 3206, 393),
+        ("qwen3-32b", 64, 32, 4, 4, False, 3207, 215),
+    ],
+)
+def test_published_steps_take_little_longer_than_predicted(
+    model: str, gpus: int, generators: int | None, tensor: int, pipeline: int, recompute: bool, mean_tokens: int,
+    published: float,
+) -> None:  # fmt: skip
+    """NeMo-RL 0.4, performance summary (GRPO on DGX H100, dense models) and the recipes it names: 2048 sequences of
+    4096 tokens at most, four optimizer steps; generation by vLLM at the tensor size of training, log-probs of two
+    models of the student's size, where TrOPD has one teacher. What is not predicted (rewards, data, weights on their
+    way to another framework) takes time too, so theirs should be longer, but not by much."""
+    off = generators is not None
+    run = Config(
+        student=SHAPES[model],
+        teacher=SHAPES[model],
+        data=DataConfig(train="x", max_prompt_length=512),
+        output_dir="x",
+        guidance=GuidanceConfig(schedule="none"),
+        rollout=RolloutConfig(
+            max_response_length=3584, samples_per_prompt=32, max_batch_size=2048, tensor_model_parallel_size=tensor
+        ),
+        training=TrainingConfig(global_batch_size=2048, micro_batch_size=1, recompute=recompute, one_step_off=off),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            sequence_parallel=tensor > 1,
+            teacher_schedule="ahead" if off else "shared",
+            generator_ranks=generators,
+        ),
+    )
+    assert problems(run, gpus, "train") == []
+    time = job_time(run, gpus, GPUS["H100"], Assumptions(mean_length=mean_tokens / 4096))
+    assert 1 < published / (time.total + time.teacher) < 1.6
+
+
+def test_dynamic_batching_waits_for_the_longest_once() -> None:
+    run = config("qwen3-8b", "qwen3-32b", training=TrainingConfig(global_batch_size=512, micro_batch_size=1))
+
+    def decoded(engine: str, rows: int, mean: float) -> tuple[float, float, float]:
+        sized = replace(run, rollout=replace(run.rollout, engine=engine, max_batch_size=rows))
+        does = decoding(sized, rollout_layout(sized, 8), Assumptions(mean_length=mean))
+        return does.steps, does.rows, does.context
+
+    # Eight replicas of 64 rows each; prompts of 512 tokens on average, responses of at most 3072.
+    assert decoded("static", 64, 0.5) == (3072, 64, 512 + 1536)
+    assert decoded("static", 16, 0.5) == (4 * 3072, 16, 512 + 1536)
+    # Spread evenly from 0 to 3072, a token has a third of the budget before it.
+    assert decoded("dynamic", 64, 0.5) == (3072, 32, 512 + 1024)
+    assert decoded("dynamic", 16, 0.5) == (4 * 1536 + 1536, 64 * 1536 / (5 * 1536), 512 + 1024)
+    # All as long as the budget: nothing ends sooner.
+    assert decoded("dynamic", 16, 1.0) == decoded("static", 16, 1.0) == (4 * 3072, 16, 1024 + 1536)
+    with pytest.raises(ValueError, match="mean_length"):
+        Assumptions(mean_length=0.0)
+
+
+def test_experts_elsewhere_cost_messages() -> None:
+    model = ModelConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=64, num_moe_experts=8, moe_router_topk=2,
+        moe_ffn_hidden_size=32, vocab_size=64,
+    )  # fmt: skip
+    gpu, assumed = GPUS["H100"], Assumptions(network_efficiency=1.0, collective_latency=0.0)
+
+    def seconds(*, tensor: int, spread: int, shared_by: int) -> float:
+        sizes = Sizes(tensor, 1, 16 // tensor, experts=spread * shared_by, experts_shared_by=shared_by)
+        return expert_dispatch_seconds(model, 450e9, sizes, gpu, assumed)
+
+    assert seconds(tensor=1, spread=1, shared_by=1) == 0
+    assert seconds(tensor=1, spread=4, shared_by=1) == pytest.approx(2 * 3 / 4)
+    assert seconds(tensor=2, spread=4, shared_by=1) == pytest.approx(3 / 4)
+    assert seconds(tensor=2, spread=4, shared_by=2) == pytest.approx(3 / 4 + 1)
+    assert seconds(tensor=1, spread=16, shared_by=1) == pytest.approx(2 * 15 / 16 * 9), "over the network"
+    assert expert_dispatch_seconds(SHAPES["qwen3-8b"], 1.0, Sizes(1, 1, 8), gpu, assumed) == 0
+
+
+def test_interleaved_stages_send_more_and_launches_bound_small_layers() -> None:
+    run = config("qwen3-8b", None, training=TrainingConfig(micro_batch_size=1))
+    run = replace(run, parallel=replace(run.parallel, pipeline_model_parallel_size=4))
+    chunked = replace(run, parallel=replace(run.parallel, virtual_pipeline_model_parallel_size=3))
+    one, three = (step_time(each, 16, GPUS["H100"], Assumptions()) for each in (run, chunked))
+    hidden = (512 + 1536) * 4096 * 2  # bytes, to the next stage and back, for each of 128 micro-batches
+    assert three.student - one.student == pytest.approx(128 * 2 * 2 * hidden / (50e9 * 0.8))
+    assert three.bubble < one.bubble / 2
+    slow = step_time(run, 16, GPUS["H100"], Assumptions(training_layer_overhead=1.0))
+    assert slow.student == pytest.approx(128 * 9 * 3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
     ("student", "teacher", "gpus"),
     [("qwen3-1.7b", "qwen3-4b", 8), ("qwen3-8b", "qwen3-32b", 16), ("llama3-8b", "llama3-70b", 64)],
 )
 def test_every_layout_is_accepted_fits_and_is_in_order(student: str, teacher: str, gpus: int) -> None:
     gpu, assumed = GPUS["H100"], Assumptions()
-    found = plans(config(student, teacher), gpus, gpu, assumed)
+    found = plans(config(student, teacher), gpus, gpu, assumed, most=40)
     assert found
     for plan in found:
         assert problems(plan.config, gpus, "train") == []
@@ -145,8 +242,9 @@ def test_every_layout_is_accepted_fits_and_is_in_order(student: str, teacher: st
 def test_what_cannot_fit_is_not_offered() -> None:
     run = config("llama3-8b", "llama3-70b")
     assert plans(run, 1, GPUS["H100"], Assumptions()) == []
-    assert plans(replace(run, training=TrainingConfig(global_batch_size=8)), 64, GPUS["H100"], Assumptions())
-    assert plans(replace(run, training=TrainingConfig(global_batch_size=3)), 64, GPUS["H100"], Assumptions()) == []
+    small = replace(run, training=TrainingConfig(global_batch_size=8))
+    assert plans(small, 16, GPUS["H100"], Assumptions(), most=1)
+    assert plans(replace(run, training=TrainingConfig(global_batch_size=3)), 16, GPUS["H100"], Assumptions()) == []
 
 
 def test_an_offloaded_optimizer_leaves_the_device_and_costs_time() -> None:
@@ -203,9 +301,10 @@ def test_the_engine_is_the_one_that_a_gpu_runs() -> None:
 
     def planned(engine: str, **layout: object) -> tuple[int, float]:
         asked = replace(run, rollout=replace(run.rollout, engine=engine), **layout)
+        # Responses of one length: nothing ends sooner where batching is dynamic.
         return (
             rank_memory(asked, 8)["stage 0"].kv_cache,
-            step_time(asked, 8, GPUS["H100"], Assumptions()).rollout,
+            step_time(asked, 8, GPUS["H100"], Assumptions(mean_length=1.0)).rollout,
         )
 
     # One stage: dynamic batching with CUDA graphs, blocks of 64 and one more. Without graphs, the other overhead.
@@ -264,3 +363,27 @@ def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None
     assert "no layout fits on 1 H100 of 80 GB" in capsys.readouterr().out
     assert main(["--student", "qwen3-0.6b", "--teacher", "qwen3-1.7b", "--gpus", "2", "--layout", "999"]) == 2
     assert "--layout 999 is not one of" in capsys.readouterr().err
+    assert main(["--student", "qwen3-0.6b", "--teacher", "qwen3-1.7b", "--gpus", "2", "--mean-length", "2"]) == 2
+    assert "mean_length is a share" in capsys.readouterr().err
+
+
+def test_the_tool_plans_two_sides_beside_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_tropd.config_parser import load_config
+    from tools.plan_run import main
+
+    written = tmp_path / "run.yaml"
+    arguments = ["--gpus", "4", "--top", "100"]
+    models = ["--student", "qwen3-1.7b", "--teacher", "qwen3-4b", "--max-response-length", "512"]
+    assert main([*models, *arguments]) == 0
+    assert "one step off" not in capsys.readouterr().out
+    assert main([*models, *arguments, "--one-step-off"]) == 0
+    both = capsys.readouterr().out
+    row = next(line.split()[0] for line in both.splitlines() if "one step off" in line)
+    assert main([*models, *arguments, "--one-step-off", "--layout", row, "--write", str(written)]) == 0
+    assert "generates, stage 0" in capsys.readouterr().out
+    planned = load_config(written)
+    assert planned.training.one_step_off and planned.student.load == "checkpoints/qwen3-1.7b"
+    assert problems(planned, 4, "train") == []
+    assert main(["--config", str(written), "--gpus", "4"]) == 0
+    alone = capsys.readouterr().out
+    assert "one step off" in alone and "shared" not in alone

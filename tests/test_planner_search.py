@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ from megatron_tropd.config import Config, DataConfig, GuidanceConfig, ModelConfi
 from megatron_tropd.config_checks import problems
 from megatron_tropd.config_lora import LoraConfig
 from megatron_tropd.config_teacher import TeacherContextConfig
-from megatron_tropd.planner import layouts
+from megatron_tropd.planner import job_memory, job_time, layouts
 from megatron_tropd.planner.hardware import GPUS, Assumptions
-from megatron_tropd.planner.layouts import WORTH, Plan, plans
+from megatron_tropd.planner.layouts import plans
+from megatron_tropd.planner.plan import WORTH, Plan
 from megatron_tropd.planner.shapes import SHAPES
 from tools.plan_run import _table
 
@@ -38,8 +40,7 @@ def _run(
         data=DataConfig(train="x"),
         output_dir="x",
         rollout=RolloutConfig(max_response_length=response),
-        training=TrainingConfig(global_batch_size=batch),
-        **{"guidance": GuidanceConfig(answers="x")} | changes,
+        **{"guidance": GuidanceConfig(answers="x"), "training": TrainingConfig(global_batch_size=batch)} | changes,
     )
 
 
@@ -108,6 +109,41 @@ def test_a_base_that_is_the_teacher_judges_ahead_where_it_has_to() -> None:
         guidance=GuidanceConfig(schedule="none"),
     )
     assert {plan.config.parallel.teacher_schedule for plan in _plans(run, 8)} == {"ahead"}
+
+
+def test_two_sides_are_planned_where_they_are_asked_for() -> None:
+    run = _run(SHAPES["qwen3-8b"], SHAPES["qwen3-32b"], training=TrainingConfig(one_step_off=True))
+    found = _plans(run, 16, most=20)
+    assert len({(plan.config.parallel.generator_ranks, plan.sizes) for plan in found}) == len(found) == 20
+    for plan in found:
+        count, (student, teacher) = plan.config.parallel.generator_ranks, plan.sizes
+        assert count is not None and (student.world, teacher.world) == (16 - count, count)
+        time = plan.time
+        trains = time.student + time.bubble + time.gradients + time.optimizer
+        longer = max(trains, time.rollout + time.teacher)
+        assert time.total == pytest.approx(longer + time.transfer + time.refit)
+        assert plan.memory == job_memory(plan.config, 16)
+    assert "one step off" in _table(found) and "hidden" in _table(found)
+    assert [plan.config for plan in _plans(found[3].config, 16, most=20)] == [plan.config for plan in found]
+    # No pair of layouts by hand is faster, whatever the number of ranks that generate.
+    for count, tensor, copy, rows in itertools.product((4, 8, 12), (1, 2, 4), (1, 2, 4), (64, 128, 256)):
+        parallel = replace(
+            run.parallel,
+            generator_ranks=count,
+            teacher_schedule="ahead",
+            tensor_model_parallel_size=4,
+            sequence_parallel=True,
+            teacher_tensor_model_parallel_size=tensor,
+            teacher_pipeline_model_parallel_size=count // tensor if tensor == 4 else 2,
+        )
+        rollout = replace(run.rollout, tensor_model_parallel_size=copy, max_batch_size=rows)
+        training = replace(run.training, micro_batch_size=1, recompute=True)
+        mine = replace(run, parallel=parallel, rollout=rollout, training=training)
+        if problems(mine, 16, "train"):
+            continue
+        peak = max(memory.peak for memory in job_memory(mine, 16).values())
+        if peak <= GPU.memory - ASSUMED.memory_reserve:
+            assert job_time(mine, 16, GPU, ASSUMED).total >= found[0].time.total - 0.01
 
 
 def test_a_run_is_planned_anew_from_any_layout_it_has() -> None:

@@ -34,7 +34,7 @@ from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_parser import load_config
 from megatron_tropd.layer_spec import use_transformer_engine
 from megatron_tropd.planner import model_parameters, rank_memory
-from megatron_tropd.planner.hardware import GPUS, Assumptions, Gpu
+from megatron_tropd.planner.hardware import GPUS, LOCAL_LAYER_OVERHEAD, Assumptions, Gpu
 from megatron_tropd.planner.shapes import find_model
 from megatron_tropd.planner.timing import step_time
 
@@ -130,11 +130,11 @@ def compare(config: Config, gpu: Gpu, folder: Path) -> list[Line]:
     def peak(name: str) -> float:
         return max(event["peak_gb"][name] for event in logged)
 
-    assumed = Assumptions(mean_length=1.0)  # every prompt and every response fills its budget
+    is_fused = use_transformer_engine()
+    # Every prompt and every response fills its budget.
+    assumed = Assumptions(mean_length=1.0, training_layer_overhead=0.0 if is_fused else LOCAL_LAYER_OVERHEAD)
     time = step_time(config, 1, gpu, assumed)
-    (memory,) = rank_memory(
-        config, 1, layer_spec="transformer-engine" if use_transformer_engine() else "local"
-    ).values()
+    (memory,) = rank_memory(config, 1, layer_spec="transformer-engine" if is_fused else "local").values()
     tokens = statistics.median(line["response_tokens"] for line in steps)
     return [
         Line("rollout", median("seconds_rollout"), time.rollout, "s"),

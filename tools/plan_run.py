@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from megatron_tropd.config import (
 )
 from megatron_tropd.config_parser import load_config
 from megatron_tropd.planner.hardware import GPUS, Assumptions
-from megatron_tropd.planner.layouts import MOST, WORTH, Plan, plans
+from megatron_tropd.planner.layouts import MOST, plans
 from megatron_tropd.planner.memory import Sizes
 from megatron_tropd.planner.parameters import model_parameters
+from megatron_tropd.planner.plan import WORTH, Plan, order
 from megatron_tropd.planner.shapes import SHAPES, find_model
 
 
@@ -46,6 +47,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-response-length", type=int, default=8192, help="tokens")
     parser.add_argument("--global-batch-size", type=int, default=512, help="sequences of a step")
     parser.add_argument("--samples-per-prompt", type=int, default=4)
+    parser.add_argument(
+        "--one-step-off",
+        action="store_true",
+        help="list jobs too in which some GPUs generate while others train (training.one_step_off: rollouts are a step "
+        "old); with a config that has it, these alone are listed",
+    )
     for field in fields(Assumptions):
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", type=float, default=field.default, help="assumed: %(default)s")
@@ -60,12 +67,15 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         config = _config(options)
+        assumed = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     gpu = GPUS[options.gpu]
-    assumed = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     found = plans(config, options.gpus, gpu, assumed)
+    if options.one_step_off and not config.training.one_step_off:
+        two_sided = replace(config, training=replace(config.training, one_step_off=True))
+        found = sorted([*found, *plans(two_sided, options.gpus, gpu, assumed)], key=order)[:MOST]
     if not found:
         print(
             f"no layout fits on {options.gpus} {gpu.name} of {gpu.memory / 1e9:.0f} GB: take more GPUs, shorter "
@@ -99,10 +109,6 @@ def _config(options: argparse.Namespace) -> Config:
         config = load_config(options.config)
         if config.teacher is None or None in (config.student.vocab_size, config.teacher.vocab_size):
             raise ConfigError(f"{options.config}: planning needs student.vocab_size, and a teacher with vocab_size")
-        if config.training.one_step_off:
-            raise ConfigError(
-                f"{options.config}: in the jobs planned every rank does everything: leave training.one_step_off out"
-            )
         return config
     if options.student is None or options.teacher is None:
         raise ConfigError("give --student and --teacher, or --config")
@@ -125,7 +131,9 @@ def _config(options: argparse.Namespace) -> Config:
 def _model(name: str) -> ModelConfig:
     """The model with a place for its weights."""
     model = find_model(name)
-    return model if model.load is not None else replace(model, load=f"checkpoints/{Path(name).stem}")
+    if model.load is not None:
+        return model
+    return replace(model, load=f"checkpoints/{name if name in SHAPES else Path(name).stem}")
 
 
 def _without_defaults(section: Any, cls: type) -> dict[str, Any]:
@@ -136,20 +144,22 @@ def _without_defaults(section: Any, cls: type) -> dict[str, Any]:
         if is_dataclass(value):
             if inner := _without_defaults(value, type(value)):
                 values[field.name] = inner
-        elif value != field.default:
+        elif value != (field.default if field.default_factory is MISSING else field.default_factory()):
             values[field.name] = value
     return values
 
 
 def _table(found: list[Plan]) -> str:
+    has_sides = any(plan.time.hidden for plan in found)
     rows: list[tuple[str, ...]] = [
         ("", "student", "teacher", "micro-batch", "engine rows", "GB", "step s", "rollout", "teacher", "student",
-         "bubble", "other", "limit")
+         "bubble", "other", *["hidden"] * has_sides, "limit")
     ]  # fmt: skip
     for number, plan in enumerate(found, start=1):
         time, training = plan.time, plan.config.training
         other = time.gradients + time.optimizer + time.transfer + time.refit
-        parts = (plan.peak / 1e9, time.total, time.rollout, time.teacher, time.student, time.bubble, other)
+        parts = [plan.peak / 1e9, time.total, time.rollout, time.teacher, time.student, time.bubble, other]
+        parts += [-time.hidden] * has_sides
         rows.append(
             (
                 str(number),
@@ -190,6 +200,8 @@ def _teacher(plan: Plan) -> str:
     parallel = plan.config.parallel
     if parallel.teacher_schedule == "shared":
         return "shared"
+    if plan.config.training.one_step_off:
+        return f"one step off {_sizes(plan.sizes[1])}, {parallel.generator_ranks} GPUs"
     spread = _spread(parallel.teacher_expert_model_parallel_size)
     parts = (f"ahead {_sizes(plan.sizes[1])}", spread, "on host" * parallel.offload_teacher)
     return ", ".join(part for part in parts if part)

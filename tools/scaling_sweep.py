@@ -2,26 +2,23 @@
 
 python tools/scaling_sweep.py
 
-Everything here is a prediction of megatron_tropd.planner; no GPU is needed and none has been measured. "Separate" (one
-group of GPUs generates and judges, another trains, one step behind: ``training.one_step_off``) is none of the layouts
-that the planner searches; an engine with a smaller launch overhead is what a run could gain, and the package does not
-have it.
+Everything here is a prediction of megatron_tropd.planner; no GPU is needed and none has been measured. "Separate" is
+the fastest job with two sides (``training.one_step_off``); an engine with a smaller launch overhead is what a run could
+gain, and the package does not have it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_tropd.config import Config, DataConfig, GuidanceConfig, RolloutConfig, TrainingConfig
-from megatron_tropd.planner.hardware import GPUS, Assumptions, Gpu
-from megatron_tropd.planner.layouts import Plan, plans
-from megatron_tropd.planner.memory import Sizes, element_bytes
-from megatron_tropd.planner.parameters import head_widths, stage_parameters
+from megatron_tropd.planner.hardware import GPUS, Assumptions
+from megatron_tropd.planner.layouts import plans
+from megatron_tropd.planner.plan import Plan
 from megatron_tropd.planner.shapes import SHAPES
-from megatron_tropd.planner.timing import lengths, micro_batch_seconds, rollout_seconds
+from megatron_tropd.planner.timing import lengths
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NUM_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -58,7 +55,7 @@ class Row:
 
     @property
     def colocated(self) -> float:
-        """The fastest layout that the package runs."""
+        """The fastest layout in which every GPU does everything."""
         return math.nan if self.plan is None else self.plan.time.total
 
 
@@ -66,19 +63,20 @@ def row(num_gpus: int) -> Row:
     """All variants on so many GPUs."""
     assumed = Assumptions()
     fast = replace(assumed, decode_layer_overhead=FAST_OVERHEAD)
-    found = plans(run(), num_gpus, GPU, assumed)
+    found = plans(run(), num_gpus, GPU, assumed, most=1)
+    separate = replace(run(), training=replace(run().training, one_step_off=True))
     return Row(
         num_gpus,
         found[0] if found else None,
-        separate_seconds(run(), num_gpus, GPU, assumed),
+        _fastest(separate, num_gpus, assumed),
         _fastest(run(), num_gpus, fast),
-        separate_seconds(run(), num_gpus, GPU, fast),
+        _fastest(separate, num_gpus, fast),
         _fastest(run(batch=2048), num_gpus, assumed) / 4,
     )
 
 
 def _fastest(config: Config, num_gpus: int, assumed: Assumptions) -> float:
-    found = plans(config, num_gpus, GPU, assumed)
+    found = plans(config, num_gpus, GPU, assumed, most=1)
     return found[0].time.total if found else math.nan
 
 
@@ -87,70 +85,6 @@ def latency_floor(assumed: Assumptions) -> float:
     config = run()
     per_layer = assumed.decode_layer_overhead + 2 * assumed.collective_latency
     return lengths(config, assumed).longest_response * config.student.num_layers * per_layer
-
-
-# ------------------------------------------------------------------------------------------------- separate groups
-
-
-def separate_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """A step where one group generates and judges while another trains on the step before; over the best split.
-
-    Weights go from the training group to the other once a step, hidden states the other way.
-    """
-    best = math.inf
-    for training_gpus in (num_gpus // share for share in (2, 4, 8, 16) if num_gpus % share == 0):
-        train = _training_seconds(config, training_gpus, gpu, assumed)
-        generate = _judged_rollout_seconds(config, num_gpus - training_gpus, gpu, assumed)
-        hidden = config.training.global_batch_size * lengths(config, assumed).response * 2
-        hidden *= config.teacher.hidden_size if config.teacher else 0
-        transfer = hidden / training_gpus / (gpu.network * assumed.network_efficiency)
-        best = min(best, max(train + transfer, generate))
-    return best if best < math.inf else math.nan
-
-
-def _training_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """The student alone; `sft` is the command that trains without a teacher."""
-    alone = replace(config, teacher=None)
-    times = [plan.time for plan in plans(alone, num_gpus, gpu, assumed, command="sft")]
-    return min((time.student + time.bubble + time.gradients + time.optimizer for time in times), default=math.inf)
-
-
-def _judged_rollout_seconds(config: Config, num_gpus: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """Weights received, rollouts, and the teacher's pass on one group, in the best layout of each model."""
-    teacher, batch, e = config.teacher, config.training.global_batch_size, element_bytes(config)
-    assert teacher is not None
-    sized = replace(config, training=replace(config.training, micro_batch_size=1))
-    best = math.inf
-    for own in _layouts(num_gpus, gpu, pipelines=(1, 2, 4, 8)):
-        if teacher.num_layers % own.pipeline:
-            continue
-        teacher_bytes = max(stage_parameters(teacher, own.tensor, own.pipeline)) * e
-        one = micro_batch_seconds(sized, teacher, own, 1, 2, gpu, assumed)
-        judge = (math.ceil(batch / own.data) + own.pipeline - 1) * one
-        for layout in _layouts(num_gpus, gpu, pipelines=(1,)):
-            weights = stage_parameters(config.student, layout.tensor, 1)[0] * e
-            room = gpu.memory - assumed.memory_reserve - teacher_bytes - weights
-            rows = int(room // _row_bytes(config, layout, e))
-            if rows < 1:
-                continue
-            wide = replace(config, rollout=replace(config.rollout, max_batch_size=rows))
-            refit = weights / (gpu.network * assumed.network_efficiency)
-            best = min(best, refit + judge + rollout_seconds(wide, layout, gpu, assumed))
-    return best
-
-
-def _row_bytes(config: Config, layout: Sizes, e: int) -> float:
-    """Keys and values of one sequence at its longest."""
-    _, keys, _ = head_widths(config.student)
-    length = config.data.max_prompt_length + config.rollout.max_response_length
-    return config.student.num_layers * length * 2 * keys / layout.tensor * e
-
-
-def _layouts(num_gpus: int, gpu: Gpu, *, pipelines: tuple[int, ...]) -> Iterator[Sizes]:
-    for tensor in (1, 2, 4, 8):
-        for pipeline in pipelines:
-            if tensor <= gpu.per_node and num_gpus % (tensor * pipeline) == 0:
-                yield Sizes(tensor, pipeline, num_gpus // (tensor * pipeline))
 
 
 # ------------------------------------------------------------------------------------------------------- the output
@@ -195,7 +129,7 @@ def plot(rows: list[Row], path: Path) -> None:
     left.stackplot(gpus, *([getattr(time, name) for _, time in fitting] for name in names), labels=names)
     left.set_title("Predicted parts of a step, colocated")
     lines = {
-        "colocated (what the package runs)": [each.colocated for each, _ in fitting],
+        "colocated": [each.colocated for each, _ in fitting],
         "separate groups, one step behind": [each.separate for each, _ in fitting],
         "colocated, 20 µs a layer and token": [each.fast for each, _ in fitting],
         "separate groups, 20 µs": [each.separate_fast for each, _ in fitting],

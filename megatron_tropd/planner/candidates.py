@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -25,12 +26,12 @@ def students(config: Config, world_size: int, gpu: Gpu, command: str, *, context
     An inference copy is offered where the student itself has pipeline stages or spreads its experts.
     """
     student = config.student
-    for tensor, pipeline in _splits(student, gpu, world_size // context if world_size % context == 0 else 0):
+    for tensor, pipeline in splits(student, gpu, world_size // context if world_size % context == 0 else 0):
         for chunks in CHUNKS if pipeline > 1 and context == 1 else (1,):
             for spread, shared_by in _expert_splits(config, gpu, world_size // pipeline, tensor):
                 in_parts = pipeline > 1 or (spread > 1 and student.num_moe_experts is not None)
                 has_choice = in_parts and context == 1 and student_generates(config, command)
-                for copy in (None, *_powers(gpu, world_size)) if has_choice else (None,):
+                for copy in (None, *powers(gpu, world_size)) if has_choice else (None,):
                     parallel = replace(
                         config.parallel,
                         tensor_model_parallel_size=tensor,
@@ -65,7 +66,7 @@ def with_teachers(student: Config, world_size: int, gpu: Gpu) -> Iterator[Config
         return
     if student.student.num_moe_experts is None and parallel.expert_model_parallel_size > 1:
         return  # only the teacher's experts are spread: ahead it has a size of its own for that
-    for tensor, pipeline in _splits(teacher, gpu, world_size // parallel.context_parallel_size):
+    for tensor, pipeline in splits(teacher, gpu, world_size // parallel.context_parallel_size):
         shared_by = parallel.expert_tensor_parallel_size or tensor
         # Spread over a node or not at all.
         for spread in (None,) if teacher.num_moe_experts is None else sorted({1, max(1, gpu.per_node // shared_by)}):
@@ -79,7 +80,18 @@ def with_teachers(student: Config, world_size: int, gpu: Gpu) -> Iterator[Config
             yield replace(student, parallel=replace(own, offload_teacher=True, teacher_hidden="host"))
 
 
-def _powers(gpu: Gpu, most: int) -> Iterator[int]:
+def engine_batches(rows: int) -> Iterator[int]:
+    """``rows`` of a replica and ever smaller batches of the engine, down to 1: a half, a quarter, and between them."""
+    size = rows
+    while size > 1:
+        yield size
+        if size > 3:
+            yield math.ceil(size * 3 / 4)
+        size = math.ceil(size / 2)
+    yield 1
+
+
+def powers(gpu: Gpu, most: int) -> Iterator[int]:
     """1, 2, 4, ... within a node."""
     size = 1
     while size <= min(gpu.per_node, most):
@@ -87,9 +99,9 @@ def _powers(gpu: Gpu, most: int) -> Iterator[int]:
         size *= 2
 
 
-def _splits(model: ModelConfig, gpu: Gpu, world_size: int) -> Iterator[tuple[int, int]]:
+def splits(model: ModelConfig, gpu: Gpu, world_size: int) -> Iterator[tuple[int, int]]:
     """(tensor, pipeline) sizes; tensor parallelism stays inside a node."""
-    for tensor in _powers(gpu, world_size):
+    for tensor in powers(gpu, world_size):
         for pipeline in PIPELINE_SIZES:
             divides = world_size % (tensor * pipeline) == 0 and model.num_layers % pipeline == 0
             if divides and _passes(check_model, "", model, tensor, pipeline):
@@ -107,7 +119,7 @@ def _passes(check: Callable[..., None], *arguments: object) -> bool:
 def _expert_splits(config: Config, gpu: Gpu, stage_ranks: int, tensor: int) -> Iterator[tuple[int, int | None]]:
     """(Ranks that experts are spread over, ranks that share each; None: the tensor-parallel ones).
 
-    Experts are spread over a node or not at all: the messages that take tokens to them have no price in the planner.
+    Experts are spread over a node or not at all.
     """
     yield 1, None
     if all(model is None or model.num_moe_experts is None for model in (config.student, config.teacher)):

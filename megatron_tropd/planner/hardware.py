@@ -39,10 +39,17 @@ GPUS = {
 }
 
 
+LOCAL_LAYER_OVERHEAD = 1.1e-3
+"""``Assumptions.training_layer_overhead`` of the local layer spec. Measured on H200 with torch 2.11.0: a teacher of 28
+layers took 1.13 to 1.21 ms a layer and micro-batch, a student of 28 layers 3.4 to 4.3 ms forward and backward together
+(benchmarks/one_gpu.md)."""
+
+
 @dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says. But for ``eager_layer_overhead`` none of it has been measured with this package on GPUs:
-    replace it by what a run logs (``seconds_rollout``, ``seconds_teacher``, ``seconds_student``)."""
+    """What no data sheet says. But for ``eager_layer_overhead`` and ``training_layer_overhead`` none of it has been
+    measured with this package on GPUs: replace it by what a run logs (``seconds_rollout``, ``seconds_teacher``,
+    ``seconds_student``)."""
 
     matrix_efficiency: float = 0.6
     """Share of the peak FLOP/s that matrix products reach; communication and bubble are counted apart. With it, the
@@ -60,6 +67,10 @@ class Assumptions:
     eager_layer_overhead: float = 1600e-6
     """The same without CUDA graphs. Measured on H200, torch 2.11.0, local layer spec, static engine, the 28 layers
     of qwen3-0.6b, 256 tokens: 1.0 ms on one host, 1.4 to 1.8 ms on another (benchmarks/one_gpu.md)."""
+    training_layer_overhead: float = 0.0
+    """Seconds that a layer's forward takes at least in training, launching its kernels; the backward twice that. 0: the
+    products take longer, as in large models with Transformer Engine's fused layers. Without Transformer Engine it was
+    1.1 ms on H200 (``LOCAL_LAYER_OVERHEAD``)."""
     host_bandwidth: float = 20e9
     """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
     host_memory_bandwidth: float = 40e9
@@ -69,3 +80,7 @@ class Assumptions:
     budget."""
     memory_reserve: float = 4e9
     """Bytes kept free: CUDA context, NCCL, cuBLAS workspace, fragmentation."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mean_length <= 1:
+            raise ValueError(f"mean_length is a share of the budgets, above 0 and at most 1, not {self.mean_length}")

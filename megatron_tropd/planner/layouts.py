@@ -7,36 +7,15 @@ from dataclasses import dataclass, field, replace
 
 from megatron_tropd.config import Config
 from megatron_tropd.config_checks import problems
-from megatron_tropd.planner.candidates import CONTEXT_SIZES, MICRO_BATCH_SIZES, students, with_teachers
+from megatron_tropd.planner.candidates import CONTEXT_SIZES, MICRO_BATCH_SIZES, engine_batches, students, with_teachers
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import RankMemory, Sizes, rank_memory, rollout_layout, student_layout, teacher_layout
-from megatron_tropd.planner.timing import StepTime, step_time
+from megatron_tropd.planner.memory import RankMemory, Sizes, rank_memory, rollout_layout
+from megatron_tropd.planner.plan import Plan, cost, order
+from megatron_tropd.planner.side_layouts import side_plans
+from megatron_tropd.planner.timing import step_time
 
 MOST = 100
 """Layouts that a search hands back."""
-WORTH = 0.03
-"""Share of a step that interleaved stages, spread experts and an inference copy must each save to come before a layout
-without them: a prediction is not good enough for less."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One layout of a run, with what it takes."""
-
-    config: Config
-    world_size: int
-    memory: dict[str, RankMemory]
-    time: StepTime
-
-    @property
-    def peak(self) -> int:
-        """Bytes on the fullest rank."""
-        return max(memory.peak for memory in self.memory.values())
-
-    @property
-    def sizes(self) -> tuple[Sizes, Sizes]:
-        """The student's and the teacher's layout."""
-        return student_layout(self.config, self.world_size), teacher_layout(self.config, self.world_size)
 
 
 def plans(
@@ -47,31 +26,17 @@ def plans(
 
     Of each pair of tensor, pipeline and data parallel sizes of student and teacher there is one, the best over
     interleaved stages, spread experts, sizes of an inference copy, micro-batch size and engine batch, with
-    recomputation where it must be. Sequences are cut (context parallelism) only where nothing fits otherwise.
+    recomputation where it must be. Sequences are cut (context parallelism) only where nothing fits otherwise. A config
+    with ``training.one_step_off`` gets jobs with two sides (``side_plans``).
     """
+    if config.training.one_step_off:
+        return side_plans(config, world_size, gpu, assumed, most=most)
     for context in CONTEXT_SIZES:
         search = _Search(config, world_size, gpu, assumed, command, most)
         search.over(context)
         if search.found:
-            return sorted(search.found.values(), key=_order)[:most]
+            return sorted(search.found.values(), key=order)[:most]
     return []
-
-
-def cost(config: Config, time: StepTime) -> float:
-    """Seconds of a step, and what ``WORTH`` adds to them: what layouts are compared by."""
-    parallel = config.parallel
-    extras = (
-        parallel.virtual_pipeline_model_parallel_size > 1,
-        max(parallel.expert_model_parallel_size, parallel.teacher_expert_model_parallel_size or 1) > 1,
-        config.rollout.tensor_model_parallel_size is not None,
-    )
-    return time.total * (1 + WORTH * sum(extras))
-
-
-def _order(plan: Plan) -> tuple[float, bool, bool, int]:
-    parallel = plan.config.parallel
-    seconds = round(cost(plan.config, plan.time), 2)
-    return seconds, parallel.teacher_schedule == "ahead", parallel.offload_teacher, plan.peak
 
 
 @dataclass
@@ -103,7 +68,7 @@ class _Search:
         if plan is None:
             return
         key = (*plan.sizes, candidate.parallel.teacher_schedule, candidate.parallel.offload_teacher)
-        if key not in self.found or _order(plan) < _order(self.found[key]):
+        if key not in self.found or order(plan) < order(self.found[key]):
             self.found[key] = plan
 
     def _limit(self) -> float:
@@ -147,8 +112,7 @@ class _Search:
         return min(found, key=lambda plan: plan.time.total, default=None)
 
     def _largest_engine_batch(self, config: Config) -> Plan | None:
-        rows = self._all_rows(config)
-        while rows:
+        for rows in engine_batches(self._all_rows(config)):
             sized = self._with_rows(config, rows)
             memory = rank_memory(sized, self.world_size)
             if self._room(memory) >= 0:
@@ -156,7 +120,6 @@ class _Search:
             limit = self.gpu.memory - self.assumed.memory_reserve
             if max(each.resident + max(each.training, each.teacher_pass) for each in memory.values()) > limit:
                 return None
-            rows //= 2
         return None
 
     def _room(self, memory: dict[str, RankMemory]) -> float:

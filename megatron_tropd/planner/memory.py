@@ -97,6 +97,8 @@ class Sizes:
     experts: int | None = field(default=None, compare=False)
     """Ranks of a stage that each layer's experts are cut and spread over; None: the tensor-parallel ones."""
     context: int = 1
+    experts_shared_by: int | None = field(default=None, compare=False)
+    """Of these, the ranks that each have a part of one expert."""
 
     @property
     def world(self) -> int:
@@ -112,21 +114,25 @@ class Sizes:
 def student_layout(config: Config, world_size: int) -> Sizes:
     """The student's layout on ``world_size`` ranks."""
     tensor, pipeline = layout_sizes(config, "train")
-    experts = math.prod(expert_sizes(config, "train", tensor))
+    experts = expert_sizes(config, "train", tensor)
     return _sizes(config, config.student, world_size, tensor, pipeline, experts)
 
 
 def teacher_layout(config: Config, world_size: int) -> Sizes:
     """The teacher's, which is the student's unless the config gives it its own."""
     tensor, pipeline = teacher_sizes(config)
-    experts = math.prod(teacher_expert_sizes(config, "train", tensor))
+    experts = teacher_expert_sizes(config, "train", tensor)
     return _sizes(config, config.teacher or config.student, world_size, tensor, pipeline, experts)
 
 
-def _sizes(config: Config, model: ModelConfig, world_size: int, tensor: int, pipeline: int, experts: int) -> Sizes:
-    spread = experts if model.num_moe_experts is not None else None
+def _sizes(
+    config: Config, model: ModelConfig, world_size: int, tensor: int, pipeline: int, experts: tuple[int, int]
+) -> Sizes:
     context = context_parallel_size(config, "train")
-    return Sizes(tensor, pipeline, world_size // (tensor * pipeline * context), spread, context)
+    sizes = Sizes(tensor, pipeline, world_size // (tensor * pipeline * context), context=context)
+    if model.num_moe_experts is None:
+        return sizes
+    return replace(sizes, experts=math.prod(experts), experts_shared_by=experts[1])
 
 
 def rollout_layout(config: Config, world_size: int) -> Sizes:

@@ -66,19 +66,37 @@ def job_memory(
     count = num_generators(config, "train")
     if not count:
         return rank_memory(config, world_size, layer_spec=layer_spec)
-    found: dict[str, RankMemory] = {}
+    trainers = trainer_memory(config, world_size - count, layer_spec=layer_spec)
+    generators = generator_memory(config, count, layer_spec=layer_spec)
+    return {f"trains, {name}": memory for name, memory in trainers.items()} | {
+        f"generates, {name}": memory for name, memory in generators.items()
+    }
+
+
+def trainer_memory(
+    config: Config, num_trainers: int, *, layer_spec: LayerSpec = "transformer-engine"
+) -> dict[str, RankMemory]:
+    """``rank_memory`` of the ranks that train."""
     trainers = trainers_of(config)
     evaluates = config.data.validation is not None or bool(config.evaluation.files)
-    last_stage = f"stage {student_layout(trainers, world_size - count).pipeline - 1}"
-    for name, memory in rank_memory(trainers, world_size - count, layer_spec=layer_spec).items():
-        found[f"trains, {name}"] = replace(
+    last_stage = f"stage {student_layout(trainers, num_trainers).pipeline - 1}"
+    return {
+        name: replace(
             memory,
             teacher_weights=_head_bytes(config) if name == last_stage else 0,
             teacher_pass=0,
             kv_cache=memory.kv_cache if evaluates else 0,
             prefill=memory.prefill if evaluates else 0,
         )
-    unused = (
+        for name, memory in rank_memory(trainers, num_trainers, layer_spec=layer_spec).items()
+    }
+
+
+def generator_memory(
+    config: Config, count: int, *, layer_spec: LayerSpec = "transformer-engine"
+) -> dict[str, RankMemory]:
+    """``rank_memory`` of the ranks that generate and judge."""
+    absent = (
         "student_weights",
         "gradients",
         "optimizer",
@@ -88,10 +106,10 @@ def job_memory(
         "logits",
         "workspace",
     )
-    generators = generators_of(config)
-    for name, memory in rank_memory(generators, count, layer_spec=layer_spec).items():
-        found[f"generates, {name}"] = replace(memory, student_copy=copy_bytes(config), **dict.fromkeys(unused, 0))
-    return found
+    return {
+        name: replace(memory, student_copy=copy_bytes(config), **dict.fromkeys(absent, 0))
+        for name, memory in rank_memory(generators_of(config), count, layer_spec=layer_spec).items()
+    }
 
 
 def _head_bytes(config: Config) -> int:
@@ -107,28 +125,38 @@ def job_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) ->
     count = num_generators(config, "train")
     if not count:
         return step_time(config, world_size, gpu, assumed)
-    trainers, generators = trainers_of(config), generators_of(config)
-    train = step_time(replace(trainers, teacher=None), world_size - count, gpu, assumed)
-    trained = train.student + train.bubble + train.gradients + train.optimizer
-    rollout = rollout_seconds(generators, rollout_layout(config, count), gpu, assumed)
-    teacher = 0.0
-    if config.teacher is not None:
-        layout = teacher_layout(generators, count)
-        one = micro_batch_seconds(generators, config.teacher, layout, 1, 2, gpu, assumed)
-        passes = math.ceil(config.training.global_batch_size / micro_batch_rows(config) / layout.data)
-        teacher = (passes + layout.pipeline - 1) * one
     link = (gpu.nvlink if world_size <= gpu.per_node else gpu.network) * assumed.network_efficiency
+    train = trainer_time(config, world_size - count, gpu, assumed)
+    rollout, teacher = generator_seconds(config, count, gpu, assumed)
     return replace(
         train,
         rollout=rollout,
         teacher=teacher,
-        transfer=_hidden_bytes(config, world_size - count, assumed) / link,
+        transfer=handed_over_bytes(config, world_size - count, assumed) / link,
         refit=copy_bytes(config) / link,
-        hidden=min(trained, rollout + teacher),
+        hidden=min(train.total, rollout + teacher),
     )
 
 
-def _hidden_bytes(config: Config, num_trainers: int, assumed: Assumptions) -> float:
+def trainer_time(config: Config, num_trainers: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
+    """What the ranks that train do by themselves: forward, backward, bubble, gradients, optimizer."""
+    alone = step_time(replace(trainers_of(config), teacher=None), num_trainers, gpu, assumed)
+    return replace(alone, rollout=0.0, teacher=0.0, transfer=0.0, refit=0.0)
+
+
+def generator_seconds(config: Config, count: int, gpu: Gpu, assumed: Assumptions) -> tuple[float, float]:
+    """(Generation, the teacher's pass over it) on the ranks that do both."""
+    generators = generators_of(config)
+    rollout = rollout_seconds(generators, rollout_layout(config, count), gpu, assumed)
+    if config.teacher is None:
+        return rollout, 0.0
+    layout = teacher_layout(generators, count)
+    one = micro_batch_seconds(generators, config.teacher, layout, 1, 2, gpu, assumed)
+    passes = math.ceil(config.training.global_batch_size / micro_batch_rows(config) / layout.data)
+    return rollout, (passes + layout.pipeline - 1) * one
+
+
+def handed_over_bytes(config: Config, num_trainers: int, assumed: Assumptions) -> float:
     """The teacher's hidden states for a rank of the student's last stage."""
     if config.teacher is None:
         return 0.0

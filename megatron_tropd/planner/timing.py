@@ -97,11 +97,13 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
     again, chunks = int(config.training.recompute), config.parallel.virtual_pipeline_model_parallel_size
     passes = again + (2 if config.lora.rank else 3)  # a frozen weight takes no gradient
     num_student = batch / (size * student.data)
-    one_student = micro_batch_seconds(config, config.student, student, passes, 4 + 2 * again, gpu, assumed)
+    is_ahead = config.parallel.teacher_schedule == "ahead"
+    one_student = micro_batch_seconds(config, config.student, student, passes, 4 + 2 * again, gpu, assumed, chunks)
     one_teacher = 0.0
     if config.teacher is not None:
-        one_teacher = micro_batch_seconds(config, config.teacher, teacher, 1, 2, gpu, assumed)
-    if config.parallel.teacher_schedule == "ahead":
+        own_chunks = 1 if is_ahead else chunks
+        one_teacher = micro_batch_seconds(config, config.teacher, teacher, 1, 2, gpu, assumed, own_chunks)
+    if is_ahead:
         num_teacher = math.ceil(batch / size / teacher.data)
         bubble = (student.pipeline - 1) * one_student / chunks + (teacher.pipeline - 1) * one_teacher
     else:
@@ -130,12 +132,20 @@ def forward_flops(model: ModelConfig, *, tokens: float, length: float, head_toke
 
 
 def micro_batch_seconds(
-    config: Config, model: ModelConfig, layout: Sizes, passes: int, rounds: int, gpu: Gpu, assumed: Assumptions
+    config: Config,
+    model: ModelConfig,
+    layout: Sizes,
+    passes: int,
+    rounds: int,
+    gpu: Gpu,
+    assumed: Assumptions,
+    chunks: int = 1,
 ) -> float:
     """One micro-batch on the slowest stage: ``passes`` times the FLOP of a forward, ``rounds`` reductions a layer.
 
     Two all-reduces a layer (or, sequence parallel, the same bytes as reduce-scatter and all-gather), and as many in
-    the backward; recomputation runs the forward's once more.
+    the backward; recomputation runs the forward's once more. A layer of experts has one of the two, and takes tokens to
+    its experts and back instead. ``chunks``: interleaved stages, each of which is sent to.
     """
     long, size = lengths(config, assumed), micro_batch_rows(config)
     tokens = size * long.sequence
@@ -144,18 +154,37 @@ def micro_batch_seconds(
     flops = [layers * one_layer for layers in stages]
     flops[-1] += 2 * padded_vocabulary(model, 1) * model.hidden_size * size * long.response
     layers = stages[flops.index(max(flops))]
-    compute = passes * max(flops) / (layout.tensor * layout.context) / (gpu.flops * assumed.matrix_efficiency)
+    products = max(flops) / (layout.tensor * layout.context) / (gpu.flops * assumed.matrix_efficiency)
+    compute = passes * max(products, layers * assumed.training_layer_overhead)
     hidden = tokens / layout.context * model.hidden_size * element_bytes(config)
-    reduce = layers * rounds * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
-    link = _link(layout, gpu)
+    link = _link(layout, gpu) * assumed.network_efficiency
+    num_reductions = layers * rounds / (1 if model.num_moe_experts is None else 2)
+    reduce = num_reductions * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
     # Keys and values: gathered in every forward, their gradients reduce-scattered once.
     _, keys, _ = head_widths(model)
     gathered = 2 * tokens * keys / layout.tensor * element_bytes(config) * (layout.context - 1) / layout.context
-    exchange = layers * {2: 1, 4: 2, 6: 3}[rounds] * gathered / (link * assumed.network_efficiency)
+    exchange = layers * {2: 1, 4: 2, 6: 3}[rounds] * gathered / link
+    dispatch = layers * rounds * expert_dispatch_seconds(model, hidden, layout, gpu, assumed)
     send = 0.0
     if layout.pipeline > 1:
-        send = (1 if rounds == 2 else 2) * hidden / (link * assumed.network_efficiency)
-    return compute + reduce + exchange + send
+        sent = hidden / (layout.tensor if config.parallel.sequence_parallel else 1)
+        send = (1 if rounds == 2 else 2) * chunks * sent / link
+    return compute + reduce + exchange + dispatch + send
+
+
+def expert_dispatch_seconds(model: ModelConfig, hidden: float, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
+    """Taking one micro-batch's tokens, ``hidden`` bytes, to their experts in one layer, or back; 0 without experts.
+
+    Each tensor-parallel rank sends its share, once for each expert that a token goes to, to the ranks that these are
+    spread over; the ranks that share an expert gather what any of them got.
+    """
+    if model.num_moe_experts is None or layout.experts is None:
+        return 0.0
+    shared_by = layout.experts_shared_by or 1
+    spread = layout.experts // shared_by
+    link = gpu.nvlink if layout.experts <= gpu.per_node else gpu.network
+    sent = hidden / layout.tensor * model.moe_router_topk * ((spread - 1) / spread + shared_by - 1)
+    return sent / (link * assumed.network_efficiency) + (assumed.collective_latency if layout.experts > 1 else 0.0)
 
 
 def _link(layout: Sizes, gpu: Gpu) -> float:
@@ -170,32 +199,60 @@ def all_reduce_seconds(num_bytes: float, ranks: int, link: float, assumed: Assum
     return 2 * (ranks - 1) / ranks * num_bytes / (link * assumed.network_efficiency) + assumed.collective_latency
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """One replica's generation of a step, token after token."""
+
+    steps: float
+    """Forwards, each of one token for every row of the engine."""
+    rows: float
+    """Rows in such a forward, on average."""
+    context: float
+    """Positions that a row attends to, on average."""
+
+
+def decoding(config: Config, layout: Sizes, assumed: Assumptions) -> Decoding:
+    """How often a replica in ``layout`` decodes, and what.
+
+    Static batching: batch after batch, each to its longest response with all its rows. Dynamic batching: a row that
+    ends makes room for the next, so that only the last responses wait for the longest. Responses are taken as spread
+    evenly about their mean, as far as that reaches to nothing or to the budget.
+    """
+    rollout, long = config.rollout, lengths(config, assumed)
+    all_rows = rollout.num_in_flight(config.training.global_batch_size) / layout.replicas
+    rows = min(rollout.max_batch_size, all_rows)
+    if chosen_engine(config, layout).kind == "static":
+        steps = math.ceil(all_rows / rows) * long.longest_response
+        return Decoding(steps, rows, long.prompt + long.longest_response / 2)
+    steps = all_rows / rows * long.response + long.longest_response - long.response
+    mean_square = long.response**2 + min(long.response, long.longest_response - long.response) ** 2 / 3
+    return Decoding(steps, all_rows * long.response / steps, long.prompt + mean_square / (2 * long.response))
+
+
 def rollout_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
-    """Prefill and decoding: batch after batch, each to its longest response, also where dynamic batching begins the
-    next one sooner and reads shared prompts once.
+    """Prefill, as if no prompt were shared, and ``decoding``.
 
     A decoded token costs the longer of reading weights and cache, and the products; the launch overhead of the engine
     that ``auto`` chooses on a GPU (or the one asked for) and two all-reduces for every layer. Pipeline stages follow
     one another.
     """
-    rollout, long, e = config.rollout, lengths(config, assumed), element_bytes(config)
+    long, e = lengths(config, assumed), element_bytes(config)
     model = one_stage(config.student) if layout.pipeline == 1 else config.student
-    rows_of_replica = config.rollout.num_in_flight(config.training.global_batch_size) / layout.replicas
-    rows = min(rollout.max_batch_size, rows_of_replica)
-    num_batches = math.ceil(rows_of_replica / rows)
+    does = decoding(config, layout, assumed)
     products = gpu.flops * assumed.matrix_efficiency * layout.tensor
-    prefill = forward_flops(model, tokens=rows * long.prompt, length=long.prompt, head_tokens=rows) / products
+    num_prompts = config.rollout.num_in_flight(config.training.global_batch_size) / layout.replicas
+    read_tokens = num_prompts * long.prompt
+    prefill = forward_flops(model, tokens=read_tokens, length=long.prompt, head_tokens=num_prompts) / products
     _, keys, _ = head_widths(model)
     weights = sum(stage_parameters(model, layout.tensor, layout.pipeline)) * e
-    context = long.prompt + long.longest_response / 2
-    cache = model.num_layers * rows * context * 2 * keys / layout.tensor * e
+    cache = model.num_layers * does.rows * does.context * 2 * keys / layout.tensor * e
     read = (weights + cache) / (gpu.memory_bandwidth * assumed.memory_efficiency)
-    multiply = forward_flops(model, tokens=rows, length=2 * context, head_tokens=rows) / products
+    multiply = forward_flops(model, tokens=does.rows, length=2 * does.context, head_tokens=does.rows) / products
     has_graphs = chosen_engine(config, layout).cuda_graphs
     launch = assumed.decode_layer_overhead if has_graphs else assumed.eager_layer_overhead
-    reduce = all_reduce_seconds(rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
+    reduce = all_reduce_seconds(does.rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
     token = max(read, multiply) + model.num_layers * (launch + 2 * reduce)
-    return num_batches * (prefill + long.longest_response * token)
+    return prefill + does.steps * token
 
 
 def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
