@@ -221,6 +221,7 @@ def _one_step(run: Run, learner: Learner, source: TrajectorySource, mixture: Mix
     batch_index = step + learner.guard.batches_ahead
     trajectories = source.take(step, batch_index)
     rollouts = trajectories.rollouts
+    started -= trajectories.seconds_before
     phases.begin("batch")
     seconds_rollout = perf_counter() - started
     objective = learner.objective.at(step / training.train_iters)

@@ -232,6 +232,15 @@ def test_two_sides_do_what_one_does_that_generates_a_step_ahead(runs: dict[str, 
     assert is_privileged == (found[0]["loss"] != pytest.approx(plain, rel=1e-2))
 
 
+def test_a_step_takes_what_was_waited_for_it_at_a_save_too(runs: dict[str, Path]) -> None:
+    for name in LAYOUTS:
+        for line in [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()][:4]:
+            before = line["seconds_waiting"] + line["seconds_refit"]
+            assert line["seconds_rollout"] >= before, (name, line["step"])
+            parts = before + line["seconds_student"] + line["seconds_optimizer"]
+            assert line["response_tokens"] / line["tokens_per_second"] >= parts, (name, line["step"])
+
+
 def test_a_killed_rank_ends_the_job_which_then_continues_bit_for_bit(
     runs: dict[str, Path], tmp_path: Path, data: Path
 ) -> None:
