@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,23 @@ def _sigterm_to_a_generator(path: str, at_step: int) -> None:
     _train(path)
 
 
+def _hang(path: str, what: str) -> None:
+    """The only rank that generates."""
+    import os
+    import signal
+    import time
+
+    from megatron_tropd import generator
+
+    def hang(*_: Any) -> Any:
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1000)
+
+    generator.Generator._inputs = hang  # type: ignore[method-assign]
+    _train(path)
+
+
 def _refuse_once(path: str, at_step: int) -> None:
     from megatron_tropd import trainer
     from megatron_tropd.guard import RefusedStepError
@@ -309,6 +327,25 @@ def test_sigterm_to_a_generator_stops_the_run_which_continues_with_more_of_them(
     for wanted, line in zip(_metrics(runs["1 + 1"])[:4], _metrics(run)[:4], strict=True):
         for key in ("loss", "grad_norm", "rollout_age", "stale_token_share"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), (line["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("sleep", "hung: generator rank 0 in .*hang .* did nothing and waited for no other rank for 6 s"),
+        pytest.param("stop", "hung: generator rank 0 in .* sent no sign of life", marks=pytest.mark.slow),
+    ],
+)
+def test_the_only_rank_of_a_side_that_hangs_ends_the_job_and_is_named(
+    tmp_path: Path, data: Path, what: str, message: str
+) -> None:
+    path = _config(tmp_path, data, parallel={"distributed_timeout_minutes": 0.1}, training={"eval_interval": 0})
+    with pytest.raises(AssertionError, match="ended without a word"):
+        run_ranks(2, _hang, str(path), what, init_process_group=False)
+    run = tmp_path / "run"
+    for folder in (run, run / "generators") if what == "sleep" else (run,):
+        report = json.loads((folder / "logs" / "rank_0.exit.json").read_text())
+        assert report["outcome"] == "hung" and re.match(message, report["message"]), report
 
 
 @pytest.mark.parametrize(
