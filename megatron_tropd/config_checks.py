@@ -66,7 +66,8 @@ def validate(config: Config, world_size: int, command: str) -> None:
     if command in ("train", "sft"):
         _check_training(config, world_size // (tp * pp * cp), command)
     if command == "train":
-        check_pace(config, world_size // (tp * pp * cp))
+        copy_size, replicas = config.rollout.tensor_model_parallel_size, world_size // (tp * pp * cp)
+        check_pace(config, replicas if copy_size is None else (generators or world_size) // copy_size)
     if command in ("train", "generate"):
         _check_guidance(config, command)
     if command == "evaluate":

@@ -8,8 +8,9 @@ from megatron_tropd.config import Config
 from megatron_tropd.config_require import require
 
 
-def check_pace(config: Config, data_parallel_size: int) -> None:
-    """What `train` needs of ``rollout.partial_tokens``, ``partial_learn_from`` and ``over_sampling``."""
+def check_pace(config: Config, num_replicas: int) -> None:
+    """What `train` needs of ``rollout.partial_tokens``, ``partial_learn_from`` and ``over_sampling``; ``num_replicas``:
+    of the weights that generate."""
     rollout = config.rollout
     require(
         rollout.over_sampling >= 1,
@@ -26,7 +27,7 @@ def check_pace(config: Config, data_parallel_size: int) -> None:
     if most is not None:
         _check_partial(config)
     if rollout.over_sampling > 1:
-        _check_over_sampling(config, data_parallel_size)
+        _check_over_sampling(config, num_replicas)
 
 
 def _check_partial(config: Config) -> None:
@@ -54,7 +55,7 @@ def _check_partial(config: Config) -> None:
     )
 
 
-def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
+def _check_over_sampling(config: Config, num_replicas: int) -> None:
     rollout, size = config.rollout, config.training.global_batch_size
     require(
         config.objective != "seq-kd",
@@ -70,15 +71,15 @@ def _check_over_sampling(config: Config, data_parallel_size: int) -> None:
         )
         return
     require(
-        rollout.tensor_model_parallel_size is None,
-        f"rollout.over_sampling {rollout.over_sampling} ends a generation early, which an inference copy "
-        f"(rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size}) does not, since it generates for "
-        "several replicas at once: leave out the one, or use rollout.partial_tokens",
+        rollout.tensor_model_parallel_size is None or size % num_replicas == 0,
+        f"with rollout.over_sampling each of the {num_replicas} replicas of the inference copy keeps as many sequences "
+        f"as the others, and training.global_batch_size {size} does not divide: choose a multiple of {num_replicas}, "
+        "or raise rollout.tensor_model_parallel_size",
     )
-    unit = math.lcm(data_parallel_size, rollout.samples_per_prompt)
+    unit = math.lcm(num_replicas, rollout.samples_per_prompt)
     require(
         math.isclose(found, in_flight) and in_flight % unit == 0,
         f"rollout.over_sampling {rollout.over_sampling} x training.global_batch_size {size} = {found:g} must be a "
-        f"multiple of the data-parallel size {data_parallel_size} and of rollout.samples_per_prompt "
+        f"multiple of the {num_replicas} replicas that generate and of rollout.samples_per_prompt "
         f"{rollout.samples_per_prompt}: try {math.ceil(found / unit) * unit / size:g}",
     )

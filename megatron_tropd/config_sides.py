@@ -44,7 +44,6 @@ def check_sides(config: Config, world_size: int) -> None:
     refused = {
         "training.steps_per_rollout": training.steps_per_rollout != 1,
         "rollout.partial_tokens": rollout.partial_tokens is not None,
-        "rollout.over_sampling": rollout.over_sampling != 1,
         "lora.rank": config.lora.rank > 0,
         "teachers": bool(config.teachers),
         "parallel.context_parallel_size": parallel.context_parallel_size != 1,

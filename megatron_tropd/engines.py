@@ -43,6 +43,11 @@ class Engines:
         self.copy = copy
         self.version = version
 
+    @property
+    def racing(self) -> Layout:
+        """The layout whose replicas each run a race of their own where an engine is asked for ``enough``."""
+        return self.layout if self.copy is None else self.copy.layout
+
     def refit_metrics(self, phases: Phases) -> dict[str, float]:
         """``seconds_refit`` since the last call, which ``phases`` counts too; empty without a copy."""
         if self.copy is None:
@@ -104,8 +109,16 @@ class CopyEngine:
         max_new_tokens: int | None = None,
         enough: int | None = None,
     ) -> list[Rollout]:
-        """See ``rollout.RolloutEngine``; here no replica is independent of the others, and none ends a race early."""
+        """See ``rollout.RolloutEngine``; here no replica is independent of the others.
+
+        With ``enough`` the caller has dealt: the requests are those of this rank's replica of the copy.
+        """
         self.copy.follow(self.version())
+        if enough is not None:
+            with active(self.copy.layout):
+                return self.engine.generate(
+                    requests, max_response_length=max_response_length, max_new_tokens=max_new_tokens, enough=enough
+                )
         by_caller = _gathered(list(requests), self.callers)
         everything = [request for share in by_caller for request in share]
         # What is read at once, and the most that is then written token by token.

@@ -7,8 +7,6 @@ from dataclasses import replace
 from math import lcm
 from time import perf_counter
 
-import torch.distributed as dist
-
 from megatron_tropd.apart import JudgeApart
 from megatron_tropd.batch import num_tokens, split_for_rank
 from megatron_tropd.building import (
@@ -22,7 +20,7 @@ from megatron_tropd.distributed import active
 from megatron_tropd.one_step_off import READY, Generated, Order, Prepared, is_for
 from megatron_tropd.refit import InferenceCopy, build_inference_copy, inference_layout
 from megatron_tropd.rollout import build_engine
-from megatron_tropd.rollout_source import build_source
+from megatron_tropd.rollout_source import build_source, everyones
 from megatron_tropd.run import Run
 from megatron_tropd.teacher_pass import TeacherInput, teacher_input
 from megatron_tropd.training_requests import Requests
@@ -97,7 +95,7 @@ class Generator:
         if given is None:
             with active(self.copy.layout):
                 trajectories = self._source.take(step, batch)
-                rollouts = self._everyones(trajectories.rollouts)
+                rollouts = everyones(trajectories.rollouts, self.copy.layout)
             if weights_of != step:
                 rollouts = [replace(one, versions=(weights_of,) * len(one.response)) for one in rollouts]
             given = Generated(step, batch, weights_of, rollouts, trajectories.metrics)
@@ -107,13 +105,6 @@ class Generator:
         seconds = {"seconds_generation": generated - started, "seconds_judgement": perf_counter() - generated}
         run.monitor.phases.end()
         return Prepared(given, counts, seconds)
-
-    def _everyones(self, mine: list[Rollout]) -> list[Rollout]:
-        """Of all replicas of the copy, by sample id."""
-        shares = [mine] * self.copy.layout.data_parallel_size
-        if len(shares) > 1:
-            dist.all_gather_object(shares, mine, group=self.copy.layout.groups.dp)
-        return sorted((one for share in shares for one in share), key=lambda one: one.request.sample_id)
 
     def _inputs(self, rollouts: Sequence[Rollout], step: int) -> list[list[TeacherInput]]:
         """What the teacher reads of the micro-batches that each student replica will build."""

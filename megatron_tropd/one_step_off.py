@@ -97,19 +97,22 @@ class OneStepOff:
         self._at: tuple[int, int] | None = None
         """(Step, number of the batch) that was taken last."""
         self._next: Prepared | None = None
+        """What a checkpoint has asked for already."""
+        self._seconds_next = 0.0
+        """What that took."""
         self._given: Generated | None = None
 
     def take(self, step: int, batch: int) -> Trajectories:
         """See ``TrajectorySource``."""
-        found = self._next
+        found, seconds_before = self._next, self._seconds_next
         if found is None or not is_for(found.generated, step, batch):
-            found = self._meet(step, batch)
+            found, seconds_before = self._meet(step, batch), 0.0
         self._at, self._next = (step, batch), None
         generated, rank, size = found.generated, self._layout.data_parallel_rank, self._layout.data_parallel_size
         lengths = [num_tokens(one) for one in generated.rollouts]
         mine = split_for_rank(generated.rollouts, lengths, rank=rank, size=size)
-        metrics = generated.metrics | found.seconds
-        return Trajectories(mine, metrics | {"rollout_age": float(step - generated.weights_of)})
+        metrics = generated.metrics | found.seconds | {"rollout_age": float(step - generated.weights_of)}
+        return Trajectories(mine, metrics, seconds_before)
 
     def can_pause(self) -> bool:
         """Always: a checkpoint holds the next rollouts."""
@@ -129,7 +132,9 @@ class OneStepOff:
             return {}
         step, batch = (number + 1 for number in self._at)
         if self._next is None:
+            started = perf_counter()
             self._next = self._meet(step, batch, last=last)
+            self._seconds_next = perf_counter() - started
         if not self._layout.is_main:
             return {}
         generated = self._next.generated

@@ -40,6 +40,12 @@ class Side:
         """Generates and judges; the other side trains."""
         return self.name == "generator"
 
+    @property
+    def ranks(self) -> dict[str, range]:
+        """The job's ranks of either side, by its name."""
+        num_trainers = self.first if self.is_generator else self.size
+        return {"trainer": range(num_trainers), "generator": range(num_trainers, self.job_size)}
+
 
 def side_of(rank: int, job_size: int, num_generators: int) -> Side:
     """The side of the job's ``rank``: the last ``num_generators`` ranks generate, the others train."""
@@ -61,12 +67,14 @@ class Link:
     ends of its messages call."""
 
     def __init__(self, store: dist.Store, side: Side, device: torch.device, timeout: timedelta):
-        """``store`` is one that all ranks share, and nobody else writes to.
+        """``store`` is one that all ranks share, and nobody else but the watchdog writes to.
 
         ``timeout`` is that of a transfer of tensors. Between two of them a side waits for as long as the other works,
-        which may evaluate or export for hours; each side's watchdog finds a rank of its own that hangs.
+        which may evaluate or export for hours; the watchdog finds a rank that hangs.
         """
-        self.side = side
+        self.side, self.store = side, store
+        self.waits = False
+        """Whether this rank is in one of the methods."""
         self.rank, self.size = side.first + side.rank, side.job_size
         """Of this rank in the job, and how many there are."""
         self.first = side.first
@@ -93,7 +101,7 @@ class Link:
         """What each rank gives, by rank."""
         mine = _packed(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _named():
+        with self._waiting():
             self._objects.allgather([sizes], [torch.tensor([len(mine)])]).wait()
             longest = int(max(sizes))
             found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
@@ -104,7 +112,7 @@ class Link:
         """The ``value`` of ``source``, which gets it back as it is; what others give is not read."""
         mine = _packed(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(mine)])
-        with _named():
+        with self._waiting():
             self._objects.broadcast([size], _from(source)).wait()
             if self.rank != source:
                 mine = torch.empty(int(size), dtype=torch.uint8)
@@ -116,7 +124,7 @@ class Link:
         group, batches = self._tensors, self._device.type == "cuda"
         if not sends and not receives:
             return
-        with _named():
+        with self._waiting():
             if batches:
                 group._start_coalescing(self._device)
             works = [group.send([tensor], peer, 0) for tensor, peer in sends]
@@ -135,6 +143,19 @@ class Link:
         """For Megatron's resharding."""
         return _CopyService(self)
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waits = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise LinkError(
+                "the link between the ranks that train and those that generate broke: a rank of either has ended. Why "
+                "is in its own exit report: logs/rank_N.exit.json, of those that generate in generators/logs"
+            ) from error
+        finally:
+            self.waits = False
+
     def _group(self, store: dist.Store, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
         group = dist.ProcessGroup(store, self.rank, self.size)
         backend: Any
@@ -149,17 +170,6 @@ class Link:
         group._set_default_backend(kind)
         group._register_backend(device, kind, backend)
         return group
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise LinkError(
-            "the link between the ranks that train and those that generate broke: a rank of either has ended. Why is "
-            "in its own exit report: logs/rank_N.exit.json, of those that generate in generators/logs"
-        ) from error
 
 
 class _CopyService(CopyService):

@@ -76,13 +76,10 @@ def train(config: Config) -> None:
             seed=config.training.seed,
             with_entropies=objective.entropy_share < 1,
         )
-        run_steps(
-            run,
-            learner,
-            build_source(config, run.layout, engine, requests, before_generating=learner.gather.finish),
-            mixture,
-            engines,
+        generated = build_source(
+            config, run.layout, engine, requests, before_generating=learner.gather.finish, racing=engines.racing
         )
+        run_steps(run, learner, generated, mixture, engines)
 
 
 def _from_generators(run: Run, learner: Learner, requests: Requests) -> OneStepOff:
@@ -221,6 +218,7 @@ def _one_step(run: Run, learner: Learner, source: TrajectorySource, mixture: Mix
     batch_index = step + learner.guard.batches_ahead
     trajectories = source.take(step, batch_index)
     rollouts = trajectories.rollouts
+    started -= trajectories.seconds_before
     phases.begin("batch")
     seconds_rollout = perf_counter() - started
     objective = learner.objective.at(step / training.train_iters)

@@ -18,6 +18,8 @@ class Trajectories:
     rollouts: list[Rollout]
     metrics: dict[str, float] = field(default_factory=dict)
     """What is told of how they were made, equal on every rank."""
+    seconds_before: float = 0.0
+    """What getting them took before the step that takes them began: a part of that step all the same."""
 
 
 class TrajectorySource(Protocol):

@@ -5,6 +5,10 @@ rank. A group in which some ranks have begun one that others have not, with no c
 for those others, and so is one end of a message for the other; of them, the ones that are not ahead of anyone elsewhere
 wait for nobody and are at fault. So is a rank whose thread itself has fallen silent (a process that is stopped or
 swapped out). Counting operations works where they run on the device and no stack shows who waits.
+
+Of a job with two sides each counts its own operations, for one may wait for the other for as long as that works. The
+only rank of a side has none to count: it is at fault where its main thread has had no time of the processor, and does
+not wait for the other side.
 """
 
 from __future__ import annotations
@@ -65,12 +69,18 @@ class Watchdog:
 
     def __init__(self, layout: Layout, *, timeout_seconds: float, on_end: Callable[[str], None] = lambda message: None):
         """``on_end`` is called with the message before the process ends; where it hangs too, that is not waited for."""
-        self._layout = layout
+        self._link = link = layout.link
+        self._rank = layout.rank if link is None else link.rank
+        self._worlds = {"": range(layout.world_size)} if link is None else link.side.ranks
+        """The ranks of the job that count operations together, by the name of their side."""
+        self._ranks = range(sum(map(len, self._worlds.values())))
+        self._is_alone = link is not None and layout.world_size == 1
         self._on_end = on_end
         self._timeout = timeout_seconds
         self._interval = min(timeout_seconds / 10, 5.0)
+        store = dist.distributed_c10d._get_default_store() if link is None else link.store
         # A connection of its own: the main thread may hold the other one's lock while it waits.
-        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store = store.clone()
         self._messages = MessageCounts()
         self._main_thread = threading.main_thread().ident
         self._stopping = threading.Event()
@@ -97,7 +107,7 @@ class Watchdog:
             self._report_and_judge()
 
     def _report_and_judge(self) -> None:
-        is_judge = self._layout.rank in (0, self._layout.world_size - 1)
+        is_judge = self._rank in (0, self._ranks[-1])
         while not self._stopping.wait(self._interval):
             self._report()
             if self._store.check([_VERDICT]):
@@ -107,7 +117,7 @@ class Watchdog:
                 self._end(verdict)
 
     def _report(self, *, done: bool = False) -> None:
-        self._store.set(f"{_REPORT}{self._layout.rank}", json.dumps(self.report(done=done)))
+        self._store.set(f"{_REPORT}{self._rank}", json.dumps(self.report(done=done)))
 
     def report(self, *, done: bool = False) -> dict[str, Any]:
         """What this rank has begun, and where it is."""
@@ -119,7 +129,17 @@ class Watchdog:
                 for group, name in list(dist.distributed_c10d._world.pg_names.items())
             }
             report |= {"messages": dict(self._messages.begun), "where": self._where()}
+            if self._is_alone:
+                report["progress"] = self._progress()
         return report
+
+    def _progress(self) -> float:
+        """Seconds of the processor that the main thread has had, in tenths; what changes while it waits for the other
+        side."""
+        assert self._link is not None and self._main_thread is not None
+        if self._link.waits:
+            return time.time()
+        return round(time.clock_gettime(time.pthread_getcpuclockid(self._main_thread)), 1)
 
     def _where(self) -> str:
         """The main thread's line in this package, and its innermost one."""
@@ -133,25 +153,37 @@ class Watchdog:
         return " > ".join(f"{code.co_name} ({Path(code.co_filename).name}:{number})" for _, code, number in shown)
 
     def _judge(self) -> dict[str, Any] | None:
-        keys = [f"{_REPORT}{rank}" for rank in range(self._layout.world_size)]
+        keys = [f"{_REPORT}{rank}" for rank in self._ranks]
         if not self._store.check(keys):
             return None  # somebody has not started yet: that is the process groups' timeout
         reports = [json.loads(self._store.get(key)) for key in keys]
-        counts = counts_of(reports)
-        silent = [
-            rank
-            for rank, report in enumerate(reports)
-            if not report["done"] and self._is_stuck(f"rank {rank}", report["time"])
-        ]
+        found = {
+            "sent no sign of life": self._unchanged(reports, "time"),
+            "did not join what others wait in": [
+                rank for world in self._worlds.values() for rank in self._behind(world, reports)
+            ],
+            "did nothing and waited for no other rank": self._unchanged(reports, "progress"),
+        }
+        for what, hung in found.items():
+            if hung:
+                return {"ranks": hung, "what": what, "where": [reports[rank]["where"] for rank in hung]}
+        return None
+
+    def _unchanged(self, reports: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+        """The ranks that are not done and have told the same under ``name`` for the whole timeout."""
+        told = {rank: report[name] for rank, report in enumerate(reports) if not report["done"] and name in report}
+        return [rank for rank, value in told.items() if self._is_stuck(f"{name} of {rank}", value)]
+
+    def _behind(self, world: range, reports: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ranks of ``world`` that others of it wait for, and have for the whole timeout."""
+        counts = counts_of([reports[rank] for rank in world])
         names = {name for count in counts for name in count}
         numbers = {name: [count.get(name) for count in counts] for name in names}
         unequal = [name for name in names if len({number for number in numbers[name] if number is not None}) > 1]
-        for name in set(self._since) & names - set(unequal):
-            del self._since[name]
-        stuck = frozenset(name for name in unequal if self._is_stuck(name, numbers[name]))
-        if hung := silent or find_hung(counts, stuck):
-            return {"ranks": hung, "silent": bool(silent), "where": [reports[rank]["where"] for rank in hung]}
-        return None
+        for name in names - set(unequal):
+            self._since.pop(f"{name} from {world.start}", None)
+        stuck = frozenset(name for name in unequal if self._is_stuck(f"{name} from {world.start}", numbers[name]))
+        return [world[rank] for rank in find_hung(counts, stuck)]
 
     def _is_stuck(self, name: str, value: Any) -> bool:
         """Whether ``value`` has been seen unchanged for the whole timeout."""
@@ -164,27 +196,31 @@ class Watchdog:
     def _wait_for_others(self) -> None:
         """Until every rank has said how it ends, for a while: the first to go breaks the connections of the others,
         whose runs would then fail of that before they know of the hang."""
-        keys = [f"{_ENDING}{rank}" for rank in range(self._layout.world_size)]
+        keys = [f"{_ENDING}{rank}" for rank in self._ranks]
         deadline = time.monotonic() + 2 * self._interval + 1
         with contextlib.suppress(dist.DistError):
-            self._store.set(keys[self._layout.rank], "")
+            self._store.set(keys[self._rank], "")
             while not self._store.check(keys) and time.monotonic() < deadline:
                 time.sleep(0.1)
+
+    def _name(self, rank: int) -> str:
+        """As its log files are numbered."""
+        name, world = next((name, world) for name, world in self._worlds.items() if rank in world)
+        return f"{name} rank {world.index(rank)}".lstrip()
 
     def _end(self, verdict: dict[str, Any]) -> None:
         if self._stopping.is_set():
             return
-        hung = self._layout.rank in verdict["ranks"]
+        hung = self._rank in verdict["ranks"]
         places = "; ".join(
-            f"rank {rank}{f' in {where}' if where else ''}"
+            f"{self._name(rank)}{f' in {where}' if where else ''}"
             for rank, where in zip(verdict["ranks"], verdict["where"], strict=True)
         )
-        doing = "sent no sign of life" if verdict["silent"] else "did not join what others wait in"
         message = (
-            f"hung: {places} {doing} for {self._timeout:g} s (parallel.distributed_timeout_minutes). Every rank ends; "
-            "the last checkpoint is intact, start again with the same command (torchrun --max-restarts does)"
+            f"hung: {places} {verdict['what']} for {self._timeout:g} s (parallel.distributed_timeout_minutes). Every "
+            "rank ends; the last checkpoint is intact, start again with the same command (torchrun --max-restarts does)"
         )
-        if hung or self._layout.rank == min(set(range(self._layout.world_size)) - set(verdict["ranks"]), default=0):
+        if hung or self._rank == min(set(self._ranks) - set(verdict["ranks"]), default=0):
             print(f"error: {message}", file=sys.stderr, flush=True)
         report = threading.Thread(target=self._on_end, args=(message,), daemon=True)
         report.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,32 @@ TWO_SIDES: dict[str, Any] = {
     "training": {"one_step_off": True, "train_iters": 4, "save_interval": 2, "micro_batch_size": 4},
     "guidance": {"max_prefix_length": 2},
 }
+MORE: dict[str, Any] = {
+    # The teacher reads longer prompts: its micro-batches are padded, and its positions count, otherwise.
+    "teacher_context": {"prompt_template": "{answer}={prompt}", "max_prompt_length": 14},
+    "rollout": {"over_sampling": 1.5},
+}
+"""What the second reference has, and the layouts that are compared with it; one replica generates in each of them."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 + 1": (2, {}),
     "tensor 2 + tensor 2": (
         4,
         {
+            **MORE,
             "parallel": {
                 "generator_ranks": 2,
                 "tensor_model_parallel_size": 2,
                 "sequence_parallel": True,
                 "teacher_tensor_model_parallel_size": 2,
             },
-            "rollout": {"tensor_model_parallel_size": 2},
+            "rollout": MORE["rollout"] | {"tensor_model_parallel_size": 2},
+            "training": {"micro_batch_tokens": 44},
         },
     ),
     "tensor 2 + 1, packed": (
         3,
         {
+            **MORE,
             "parallel": {
                 "tensor_model_parallel_size": 2,
                 "sequence_parallel": True,
@@ -60,6 +70,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
                 "offload_teacher": True,
             },
             "rollout": {"engine": "dynamic"},
+            "training": {"micro_batch_tokens": 30, "async_save": True},
         },
     ),
 }
@@ -79,7 +90,7 @@ def _train(path: str, overrides: tuple[str, ...] = ()) -> None:
     train(load_config(path, list(overrides)))
 
 
-def _train_a_step_ahead(path: str) -> None:
+def _train_a_step_ahead(paths: list[str]) -> None:
     """The same on one side: what the next step learns from is generated before this one trains."""
     from megatron_tropd import trainer
     from megatron_tropd.trajectories import Trajectories
@@ -113,15 +124,18 @@ def _train_a_step_ahead(path: str) -> None:
     trainer._objective = lambda config: objective(  # type: ignore[assignment]
         replace(config, training=replace(config.training, one_step_off=True))
     )
-    trainer.train(load_config(path, []))
+    for path in paths:
+        trainer.train(load_config(path, []))
 
 
 def _die(path: str, rank: int, at_step: int) -> None:
+    """In ``at_step``; a checkpoint that is written in the background is there by then."""
     import os
     import signal
 
     from megatron_tropd import generator
     from megatron_tropd import step as step_module
+    from megatron_tropd.writing import BackgroundWriter
 
     def kill(original: Any, step: Any) -> Any:
         def or_die(*args: Any, **options: Any) -> Any:
@@ -135,6 +149,7 @@ def _die(path: str, rank: int, at_step: int) -> None:
     generator.Generator._inputs = kill(  # type: ignore[method-assign]
         generator.Generator._inputs, lambda _, rollouts, step: step
     )
+    BackgroundWriter.poll = BackgroundWriter.finish  # type: ignore[method-assign]
     _train(path)
 
 
@@ -152,6 +167,23 @@ def _sigterm_to_a_generator(path: str, at_step: int) -> None:
         return inputs(self, rollouts, step)
 
     generator.Generator._inputs = or_signal  # type: ignore[method-assign]
+    _train(path)
+
+
+def _hang(path: str, what: str) -> None:
+    """The only rank that generates."""
+    import os
+    import signal
+    import time
+
+    from megatron_tropd import generator
+
+    def hang(*_: Any) -> Any:
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1000)
+
+    generator.Generator._inputs = hang  # type: ignore[method-assign]
     _train(path)
 
 
@@ -181,14 +213,18 @@ def _samples(run: Path, step: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("one_step_off")
-    reference = config_file(
-        folder / "reference", data,
-        parallel={"teacher_schedule": "ahead"},
-        training={"train_iters": 4, "save_interval": 2, "micro_batch_size": 4},
-        guidance=TWO_SIDES["guidance"],
-    )  # fmt: skip
-    run_ranks(1, _train_a_step_ahead, str(reference), init_process_group=False)
-    found = {"reference": folder / "reference" / "run"}
+    references = {
+        name: config_file(
+            folder / name, data,
+            parallel={"teacher_schedule": "ahead"},
+            training={"train_iters": 4, "save_interval": 2, "micro_batch_size": 4},
+            guidance=TWO_SIDES["guidance"],
+            **sections,
+        )
+        for name, sections in {"reference": {}, "second reference": MORE}.items()
+    }  # fmt: skip
+    run_ranks(1, _train_a_step_ahead, [str(path) for path in references.values()])
+    found = {name: folder / name / "run" for name in references}
     for name, (size, sections) in LAYOUTS.items():
         path = _config(folder / name, data, **sections)
         run_ranks(size, _train, str(path), init_process_group=False, timeout=180)
@@ -198,7 +234,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_sides_do_what_one_does_that_generates_a_step_ahead(runs: dict[str, Path], name: str) -> None:
-    reference, found = _metrics(runs["reference"]), _metrics(runs[name])
+    has_more = "teacher_context" in LAYOUTS[name][1]
+    reference, found = _metrics(runs["second " * has_more + "reference"]), _metrics(runs[name])
     assert [line["step"] for line in found] == [line["step"] for line in reference]
     for wanted, line in zip(reference[:4], found[:4], strict=True):
         for key in {
@@ -207,12 +244,24 @@ def test_two_sides_do_what_one_does_that_generates_a_step_ahead(runs: dict[str, 
             "outlier_share",
             "stale_token_share",
             "log_prob_gap",
+            "dropped_token_share",
             "accuracy",
         } & wanted.keys():
             assert line[key] == pytest.approx(wanted[key], rel=2e-3, abs=1e-5), (name, line["step"], key)
     assert [line["rollout_age"] for line in found[:4]] == [0.0, 1.0, 1.0, 1.0]
     assert found[0]["stale_token_share"] == 0 and found[1]["stale_token_share"] == 1
     assert _samples(runs[name], 0) == _samples(runs["reference"], 0) or name != "1 + 1"
+    plain = _metrics(runs["reference"])[0]["loss"]
+    assert has_more == (found[0]["loss"] != pytest.approx(plain, rel=1e-2))
+
+
+def test_a_step_takes_what_was_waited_for_it_at_a_save_too(runs: dict[str, Path]) -> None:
+    for name in LAYOUTS:
+        for line in [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()][:4]:
+            before = line["seconds_waiting"] + line["seconds_refit"]
+            assert line["seconds_rollout"] >= before, (name, line["step"])
+            parts = before + line["seconds_student"] + line["seconds_optimizer"]
+            assert line["response_tokens"] / line["tokens_per_second"] >= parts, (name, line["step"])
 
 
 def test_a_killed_rank_ends_the_job_which_then_continues_bit_for_bit(
@@ -221,7 +270,7 @@ def test_a_killed_rank_ends_the_job_which_then_continues_bit_for_bit(
     import torch
 
     for name, rank in (("trainer", 0), ("generator", 1)):
-        path = _config(tmp_path / name, data)
+        path = _config(tmp_path / name, data, training={"async_save": name == "trainer"})
         with pytest.raises(AssertionError, match="ended without a word"):
             run_ranks(2, _die, str(path), rank, 3, init_process_group=False)
         checkpoints = tmp_path / name / "run" / "checkpoints"
@@ -243,7 +292,7 @@ def test_a_killed_rank_ends_the_job_which_then_continues_bit_for_bit(
 
 
 def test_after_a_rollback_rollouts_are_of_the_weights_of_then(tmp_path: Path, data: Path) -> None:
-    path = _config(tmp_path, data, guard={"on_refused": "rollback"})
+    path = _config(tmp_path, data, guard={"on_refused": "rollback"}, training={"async_save": True})
     run_ranks(2, _refuse_once, str(path), 3, init_process_group=False)
     steps = [line for line in _metrics(tmp_path / "run") if "loss" in line]
     # Step 2 a second time, with the fifth batch, for which nothing was prepared; then a step ahead again.
@@ -253,10 +302,27 @@ def test_after_a_rollback_rollouts_are_of_the_weights_of_then(tmp_path: Path, da
     assert _samples(tmp_path / "run", 2)[0]["sample_id"] == 4 * 16
 
 
+def test_after_a_skipped_step_rollouts_are_of_the_weights_that_stayed(
+    runs: dict[str, Path], tmp_path: Path, data: Path
+) -> None:
+    path, run = _config(tmp_path, data, guard={"on_refused": "skip"}), tmp_path / "run"
+    run_ranks(2, _refuse_once, str(path), 1, init_process_group=False)
+    first, refused, after, last, _ = _metrics(run)
+    assert first == _metrics(runs["1 + 1"])[0]
+    assert refused["refused_steps"] == 1 and "loss" not in refused
+    # The checkpoint after the refused step has the rollouts that were made beside it.
+    head, *_ = [json.loads(line) for line in (run / "checkpoints" / "step_2" / "next_rollouts.jsonl").open()]
+    assert (head["step"], head["batch"], head["weights_of"]) == (2, 2, 1)
+    # One step later, the weights that sampled are still those that learn.
+    assert after["rollout_age"] == 1 and after["stale_log_prob_gap"] < 1e-5
+    assert last["rollout_age"] == 1 and last["stale_log_prob_gap"] > 1e-4
+    assert [_samples(run, step)[0]["sample_id"] for step in (0, 2, 3)] == [0, 2 * 16, 3 * 16]
+
+
 def test_sigterm_to_a_generator_stops_the_run_which_continues_with_more_of_them(
     runs: dict[str, Path], tmp_path: Path, data: Path
 ) -> None:
-    path, run = _config(tmp_path, data, training={"save_interval": 0}), tmp_path / "run"
+    path, run = _config(tmp_path, data, training={"save_interval": 0, "async_save": True}), tmp_path / "run"
     run_ranks(2, _sigterm_to_a_generator, str(path), 2, init_process_group=False)
     # Told with the rollouts of step 2, at whose end the run is saved.
     assert (run / "checkpoints" / "latest").read_text() == "step_3"
@@ -266,6 +332,25 @@ def test_sigterm_to_a_generator_stops_the_run_which_continues_with_more_of_them(
     for wanted, line in zip(_metrics(runs["1 + 1"])[:4], _metrics(run)[:4], strict=True):
         for key in ("loss", "grad_norm", "rollout_age", "stale_token_share"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), (line["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("sleep", "hung: generator rank 0 in .*hang .* did nothing and waited for no other rank for 6 s"),
+        pytest.param("stop", "hung: generator rank 0 in .* sent no sign of life", marks=pytest.mark.slow),
+    ],
+)
+def test_the_only_rank_of_a_side_that_hangs_ends_the_job_and_is_named(
+    tmp_path: Path, data: Path, what: str, message: str
+) -> None:
+    path = _config(tmp_path, data, parallel={"distributed_timeout_minutes": 0.1}, training={"eval_interval": 0})
+    with pytest.raises(AssertionError, match="ended without a word"):
+        run_ranks(2, _hang, str(path), what, init_process_group=False)
+    run = tmp_path / "run"
+    for folder in (run, run / "generators") if what == "sleep" else (run,):
+        report = json.loads((folder / "logs" / "rank_0.exit.json").read_text())
+        assert report["outcome"] == "hung" and re.match(message, report["message"]), report
 
 
 @pytest.mark.parametrize(

@@ -256,10 +256,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
             "1.01 x training.global_batch_size 32 = 32.32 is no number of sequences: try 1.03125",
         ),
         (
-            {"rollout": {"over_sampling": 2.0, "tensor_model_parallel_size": 1}},
-            r"an inference copy \(rollout.tensor_model_parallel_size=1\) does not",
-        ),
-        (
             {"rollout": {"over_sampling": 1.1}},
             "= 35.2 must be a multiple of .* rollout.samples_per_prompt 4: try 1.125",
         ),
@@ -273,6 +269,19 @@ def test_what_does_not_go_together_is_refused_with_the_fix(
     assert re.search(message, refused(write(tmp_path, **changes)))
 
 
+def test_over_sampling_asks_for_even_shares_of_the_copys_replicas(tmp_path: Path) -> None:
+    stages = {
+        "parallel": {"pipeline_model_parallel_size": 4},
+        "training": {"global_batch_size": 2, "micro_batch_size": 1},
+    }
+    pairs = {"samples_per_prompt": 2, "over_sampling": 2.0, "tensor_model_parallel_size": 1}
+    path = write(tmp_path, rollout=pairs, **stages)
+    assert "each of the 4 replicas of the inference copy keeps as many" in refused(path, world_size=4)
+    path = write(tmp_path, rollout=pairs | {"over_sampling": 1.125}, parallel=stages["parallel"])
+    message = "= 36 must be a multiple of the 8 replicas that generate and of rollout.samples_per_prompt 2: try 1.25"
+    assert message in refused(path, world_size=8)
+
+
 def test_what_goes_together_is_taken(tmp_path: Path) -> None:
     from megatron_tropd.config_checks import validate
     from megatron_tropd.config_parser import load_config
@@ -281,5 +290,6 @@ def test_what_goes_together_is_taken(tmp_path: Path) -> None:
         {"partial_tokens": 9},
         {"partial_tokens": 9, "partial_learn_from": "finished", "over_sampling": 1.03125},
         {"over_sampling": 1.25, "engine": "dynamic"},
+        {"over_sampling": 1.25, "tensor_model_parallel_size": 1},
     ):
         validate(load_config(write(tmp_path, rollout=rollout)), 2, "train")

@@ -19,6 +19,7 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
     "finished": {"partial_tokens": 2, "partial_learn_from": "finished", "over_sampling": 2.5},
     "over": {"over_sampling": 1.5, "engine": "static"},
     "over, dynamic": {"over_sampling": 1.5, "engine": "dynamic"},
+    "over, copy": {"over_sampling": 1.5, "tensor_model_parallel_size": 2},
 }
 
 
@@ -125,3 +126,17 @@ def test_over_sampling_drops_the_long_ones(runs: dict[str, Path]) -> None:
         assert [(one["sample_id"], one["response"]) for one in _samples(runs["over, dynamic"], index)] == [
             (one["sample_id"], one["response"]) for one in _samples(runs["over"], index)
         ]
+
+
+def test_over_sampling_on_a_copy_chooses_among_all_that_its_replica_generates(runs: dict[str, Path]) -> None:
+    steps = _metrics(runs["over, copy"])[:-1]
+    for index, step in enumerate(steps):
+        assert 0 < step["dropped_token_share"] < 0.6 and step["stale_token_share"] == 0
+        assert step["rollout_imbalance"] == 1  # one replica of the copy, two of the trainer
+        ids = {sample["sample_id"] for sample in _samples(runs["over, copy"], index)}
+        assert len(ids) == 8 and ids <= set(range(24 * index, 24 * (index + 1)))
+    apart, together = (
+        {one["sample_id"]: one["response"] for one in _samples(runs[name], 0)} for name in ("over", "over, copy")
+    )
+    both = apart.keys() & together.keys()
+    assert both and all(apart[sample] == together[sample] for sample in both)

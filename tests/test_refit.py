@@ -85,6 +85,41 @@ def _rollouts(engine: Any, layout: Any) -> list[list[Rollout]]:
     return [*whole, engine.generate(paused, max_response_length=BUDGET, max_new_tokens=2)]
 
 
+def _race(engine: Any, copy: Any, callers: Any) -> tuple[list[Rollout], list[Rollout], dict[str, float]]:
+    """What the trainer's replica gets of 24 requests of which 16 are learned from; what it has to be of all replicas,
+    from responses to their ends; and what is told of it."""
+    from megatron_tropd.batch import balanced_shares
+    from megatron_tropd.config import Config, DataConfig, RolloutConfig, TrainingConfig
+    from megatron_tropd.rollout_source import build_source
+    from megatron_tropd.trajectories import first_to_end
+
+    class Requests:
+        def begin(self, first: int, count: int, step: int) -> Any:
+            return requests(count)
+
+        def expected_length(self, request: Any) -> int:
+            return len(request.prompt.tokens) + BUDGET
+
+        def epochs(self, num_samples: int) -> dict[str, float]:
+            return {}
+
+    config = Config(
+        student=MODEL,
+        data=DataConfig(train=""),
+        output_dir="",
+        rollout=RolloutConfig(over_sampling=1.5, max_response_length=BUDGET),
+        training=TrainingConfig(global_batch_size=16),
+    )
+    asked: Any = Requests()
+    source = build_source(config, callers, engine, asked, before_generating=lambda: None, racing=copy.layout)
+    taken, everything, size = source.take(0, 0), requests(24), copy.layout.data_parallel_size
+    whole = engine.generate(everything, max_response_length=BUDGET)
+    wanted = []
+    for share in balanced_shares([asked.expected_length(one) for one in everything], size):
+        wanted += first_to_end([whole[index] for index in share], 16 // size, BUDGET)
+    return taken.rollouts, wanted, taken.metrics
+
+
 def _train_and_generate(world_size: int) -> list[dict[str, Any]]:
     from megatron_tropd.config import RolloutConfig
     from megatron_tropd.engines import Engines
@@ -115,6 +150,8 @@ def _train_and_generate(world_size: int) -> list[dict[str, Any]]:
                 "case": (name, tp, pp, copies),
                 "before": (before, copies_before),
                 "after": (_rollouts(own, layout), [_rollouts(engine, layout) for engine in on_copies]),
+                "race": _race(on_copies[0], copied[0], layout) if pp > 1 and name != "untied" else None,
+                "replica": layout.data_parallel_rank,
                 "num_refits": [copy._num_refits for copy in copied],
                 "trains": [parameter.requires_grad for copy in copied for parameter in copy.model.parameters()],
                 "vocabulary": [copy.model.vocab_size - model.vocab_size for copy in copied],
@@ -164,9 +201,17 @@ def _corrupted(copy: Any, layout: Any) -> list[str]:
     return errors
 
 
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[list[dict[str, Any]]]]:
+    """World size to what each rank found in each case."""
+    return {size: run_ranks(size, _train_and_generate, size, timeout=400) for size in CASES}
+
+
 @pytest.mark.parametrize("world_size", CASES)
-def test_the_copy_generates_what_the_trainers_weights_do(world_size: int) -> None:
-    for found in zip(*run_ranks(world_size, _train_and_generate, world_size, timeout=400), strict=True):
+def test_the_copy_generates_what_the_trainers_weights_do(
+    ranks: dict[int, list[list[dict[str, Any]]]], world_size: int
+) -> None:
+    for found in zip(*ranks[world_size], strict=True):
         for rank in found:
             for own, copies in (rank["before"], rank["after"]):
                 for copied in copies:
@@ -187,6 +232,29 @@ def test_the_copy_generates_what_the_trainers_weights_do(world_size: int) -> Non
                 assert in_trainer.startswith(
                     "embedding.word_embeddings.weight: the trainer's weights on ranks 0 and 1 differ"
                 )
+
+
+def test_over_sampling_on_a_copy_keeps_what_ends_first_in_each_of_its_replicas(
+    ranks: dict[int, list[list[dict[str, Any]]]],
+) -> None:
+    for world_size, results in ranks.items():
+        races = [found for found in zip(*results, strict=True) if found[0]["race"] is not None]
+        assert len(races) == {2: 1, 4: 3}[world_size]
+        for found in races:
+            case = world_size, found[0]["case"]
+            replicas = {rank["replica"]: rank["race"] for rank in found}
+            assert len({len(kept) for kept, _, _ in replicas.values()}) == 1, case
+            kept = [rollout for mine, _, _ in replicas.values() for rollout in mine]
+            _, wanted, metrics = replicas[0]
+            _assert_same(*(sorted(all_of, key=_sample_id) for all_of in (kept, wanted)), case)
+            assert len(kept) == 16 and 0 < metrics["dropped_token_share"] < 0.6, case
+            assert all(rank["race"][2] == metrics for rank in found)
+            for rank in found:  # every rank of a replica has the same
+                _assert_same(rank["race"][0], replicas[rank["replica"]][0], case)
+
+
+def _sample_id(rollout: Rollout) -> int:
+    return rollout.request.sample_id
 
 
 def _assert_same(found: Sequence[Rollout], wanted: Sequence[Rollout], case: Any) -> None:
