@@ -127,7 +127,8 @@ class _Search:
         return self.gpu.memory - self.assumed.memory_reserve - max(each.peak for each in memory.values())
 
     def _all_rows(self, config: Config) -> int:
-        return max(1, config.training.global_batch_size // rollout_layout(config, self.world_size).replicas)
+        in_flight = config.rollout.num_in_flight(config.training.global_batch_size)
+        return math.ceil(in_flight / rollout_layout(config, self.world_size).replicas)
 
     @staticmethod
     def _with_rows(config: Config, rows: int) -> Config:

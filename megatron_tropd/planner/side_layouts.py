@@ -145,7 +145,8 @@ class _SideSearch:
                 alone = _Half(parallel, {}, {"tensor_model_parallel_size": copy, "max_batch_size": 1}, 0.0)
                 if not self._fits(generator_memory(alone.of(config), count)):
                     continue
-                for rows in engine_batches(math.ceil(config.training.global_batch_size * copy / count)):
+                in_flight = config.rollout.num_in_flight(config.training.global_batch_size)
+                for rows in engine_batches(math.ceil(in_flight * copy / count)):
                     half = replace(alone, rollout={**alone.rollout, "max_batch_size": rows})
                     sized = half.of(config)
                     if self._fits(generator_memory(sized, count)):
