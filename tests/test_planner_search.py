@@ -92,8 +92,8 @@ def test_sequences_are_cut_where_nothing_fits_otherwise() -> None:
 
 
 def test_experts_are_spread_where_they_do_not_fit_otherwise() -> None:
-    # 47 layers divide over no pipeline, and four groups of heads over no more than four tensor-parallel ranks.
-    student = replace(EXPERTS, num_layers=47)
+    # Three layers divide over no more than three stages, four groups of heads over four tensor-parallel ranks.
+    student = replace(EXPERTS, num_layers=3, moe_ffn_hidden_size=12288)
     best, *_ = _plans(_run(student, SHAPES["qwen3-1.7b"], response=4096), 16)
     assert _extras(best)["experts"] > 1 and "copy" in _extras(best)
     best, *_ = _plans(_run(SHAPES["qwen3-1.7b"], student), 8)
@@ -113,8 +113,8 @@ def test_a_base_that_is_the_teacher_judges_ahead_where_it_has_to() -> None:
 
 def test_two_sides_are_planned_where_they_are_asked_for() -> None:
     run = _run(SHAPES["qwen3-8b"], SHAPES["qwen3-32b"], training=TrainingConfig(one_step_off=True))
-    found = _plans(run, 16, most=20)
-    assert len({(plan.config.parallel.generator_ranks, plan.sizes) for plan in found}) == len(found) == 20
+    found = _plans(run, 16, most=10)
+    assert len({(plan.config.parallel.generator_ranks, plan.sizes) for plan in found}) == len(found) == 10
     for plan in found:
         count, (student, teacher) = plan.config.parallel.generator_ranks, plan.sizes
         assert count is not None and (student.world, teacher.world) == (16 - count, count)
@@ -124,7 +124,7 @@ def test_two_sides_are_planned_where_they_are_asked_for() -> None:
         assert time.total == pytest.approx(longer + time.transfer + time.refit)
         assert plan.memory == job_memory(plan.config, 16)
     assert "one step off" in _table(found) and "hidden" in _table(found)
-    assert [plan.config for plan in _plans(found[3].config, 16, most=20)] == [plan.config for plan in found]
+    assert [plan.config for plan in _plans(found[3].config, 16, most=10)] == [plan.config for plan in found]
     # No pair of layouts by hand is faster, whatever the number of ranks that generate.
     for count, tensor, copy, rows in itertools.product((4, 8, 12), (1, 2, 4), (1, 2, 4), (64, 128, 256)):
         parallel = replace(
@@ -144,6 +144,23 @@ def test_two_sides_are_planned_where_they_are_asked_for() -> None:
         peak = max(memory.peak for memory in job_memory(mine, 16).values())
         if peak <= GPU.memory - ASSUMED.memory_reserve:
             assert job_time(mine, 16, GPU, ASSUMED).total >= found[0].time.total - 0.01
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(24, 512), (48, 320)])
+def test_two_sides_of_numbers_that_are_no_powers_of_two(gpus: int, batch: int) -> None:
+    training = TrainingConfig(one_step_off=True, global_batch_size=batch)
+    best, *_ = _plans(_run(SHAPES["llama3-8b"], SHAPES["llama3-70b"], training=training), gpus, most=1)
+    count, copy = best.config.parallel.generator_ranks, best.config.rollout.tensor_model_parallel_size
+    assert count is not None and copy is not None
+    assert (gpus - count) % copy == (gpus - count) % best.sizes[1].tensor == 0, "tensor parallel within a node"
+
+
+def test_trainers_that_evaluate_leave_the_engine_fewer_rows() -> None:
+    run = _run(SHAPES["qwen3-1.7b"], SHAPES["qwen3-4b"], training=TrainingConfig(one_step_off=True))
+    evaluates = replace(run, data=replace(run.data, validation="y"))
+    without, fewer = (_plans(each, 2, most=1)[0] for each in (run, evaluates))
+    assert fewer.config.rollout.max_batch_size < without.config.rollout.max_batch_size
+    assert fewer.time.total > without.time.total
 
 
 def test_a_run_is_planned_anew_from_any_layout_it_has() -> None:

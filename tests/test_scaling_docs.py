@@ -37,7 +37,10 @@ def test_what_the_text_concludes_follows_from_the_table() -> None:
     assert min(num_gpus for num_gpus in separate if separate[num_gpus] < steps[num_gpus]) == 64
     assert max(1 - separate[num_gpus] / steps[num_gpus] for num_gpus in separate) == pytest.approx(0.03, abs=0.005)
     assert separate[16] / steps[16] == pytest.approx(1.2, abs=0.05)
+    assert all(separate[num_gpus] > steps[num_gpus] - 0.2 for num_gpus in separate if num_gpus >= 256)
     assert min(num_gpus for num_gpus in steps if floor > steps[num_gpus] / 2) == 32
+    pieces = {num_gpus: float(cells[11]) for num_gpus, cells in _rows().items()}
+    assert min(num_gpus for num_gpus in pieces if pieces[num_gpus] < steps[num_gpus]) == 128
     text = DOCUMENT.read_text(encoding="utf-8")
     said = [int(value) for value in re.findall(r"(\d+) % of the step at 64, (\d+) % at 1024", text)[0]]
     assert said == [round(100 * floor / steps[64]), round(100 * floor / steps[1024])]

@@ -21,17 +21,29 @@ from megatron_tropd.config import (
     DataConfig,
     GuidanceConfig,
     ModelConfig,
+    ParallelConfig,
     RolloutConfig,
     TokenizerConfig,
     TrainingConfig,
+    resolved_schedule,
 )
+from megatron_tropd.config_checks import problems
+from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.config_parser import load_config
 from megatron_tropd.planner.hardware import GPUS, Assumptions
 from megatron_tropd.planner.layouts import MOST, plans
-from megatron_tropd.planner.memory import Sizes
 from megatron_tropd.planner.parameters import model_parameters
 from megatron_tropd.planner.plan import WORTH, Plan, order
 from megatron_tropd.planner.shapes import SHAPES, find_model
+from megatron_tropd.planner.sizes import Sizes
+
+LENGTHS = {
+    "max_prompt_length": (1024, "tokens"),
+    "max_response_length": (8192, "tokens"),
+    "global_batch_size": (512, "sequences of a step"),
+    "samples_per_prompt": (4, "rollouts of a prompt"),
+}
+"""Option to its default and meaning, where no config says it."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -43,10 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--teacher", help=what)
     parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, 8 in a node")
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="tokens")
-    parser.add_argument("--max-response-length", type=int, default=8192, help="tokens")
-    parser.add_argument("--global-batch-size", type=int, default=512, help="sequences of a step")
-    parser.add_argument("--samples-per-prompt", type=int, default=4)
+    for option, (default, text) in LENGTHS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", type=int, help=f"{text}: {default} (not with --config)")
     parser.add_argument(
         "--one-step-off",
         action="store_true",
@@ -66,8 +76,13 @@ def main(arguments: list[str]) -> int:
     """Plan, print, write; the exit status is 1 where nothing fits, 2 for what has to be corrected."""
     options = parse(arguments)
     try:
-        config = _config(options)
+        if options.gpus < 1:
+            raise ConfigError(f"--gpus must be at least 1, found {options.gpus}")
+        if options.write is not None and not options.write.parent.is_dir():
+            raise ConfigError(f"--write {options.write}: there is no folder {options.write.parent}, make it first")
         assumed = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
+        config = _config(options)
+        _refuse_in_any_layout(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,12 +115,44 @@ def main(arguments: list[str]) -> int:
         header = f"# Planned for {options.gpus} {gpu.name} by tools/plan_run.py: predicted, not measured.\n"
         text = yaml.safe_dump(_without_defaults(chosen.config, Config), sort_keys=False)
         options.write.write_text(header + text, encoding="utf-8")
-        print(f"wrote {options.write}; check it with `python -m megatron_tropd train {options.write} --dry-run`")
+        check = f"python -m megatron_tropd train {options.write} --dry-run --world-size={options.gpus}"
+        print(f"wrote {options.write}; check it with `{check}`")
+    for note in _not_priced(chosen.config):
+        print(f"not in these seconds: {note}")
     return 0
 
 
+def _not_priced(config: Config) -> list[str]:
+    fp8 = [name for name, model in (("student", config.student), ("teacher", config.teacher)) if model and model.fp8]
+    notes = {
+        f"fp8 of the {' and the '.join(fp8)}: products are counted as bf16's": bool(fp8),
+        "prefixes of teacher answers, which shorten generation until the schedule has brought them to nothing": (
+            resolved_schedule(config) != "none" and config.objective != "seq-kd"
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
+def _refuse_in_any_layout(config: Config) -> None:
+    """Raise ConfigError for what is wrong with the run itself: on one rank, with a micro-batch of one."""
+    simplest = replace(
+        config,
+        student=one_stage(config.student),
+        teacher=one_stage(config.teacher) if config.teacher is not None else None,
+        parallel=ParallelConfig(teacher_schedule="ahead"),
+        rollout=replace(config.rollout, tensor_model_parallel_size=None),
+        training=replace(config.training, one_step_off=False, micro_batch_size=1),
+    )
+    if found := problems(simplest, 1, "train"):
+        raise ConfigError("this run cannot start in any layout:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+
 def _config(options: argparse.Namespace) -> Config:
+    given = [name for name in ("student", "teacher", *LENGTHS) if getattr(options, name) is not None]
     if options.config is not None:
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"--config {options.config} says what {names} would: leave out the one or the other")
         config = load_config(options.config)
         if config.teacher is None or None in (config.student.vocab_size, config.teacher.vocab_size):
             raise ConfigError(f"{options.config}: planning needs student.vocab_size, and a teacher with vocab_size")
@@ -114,17 +161,19 @@ def _config(options: argparse.Namespace) -> Config:
         raise ConfigError("give --student and --teacher, or --config")
     student, teacher = _model(options.student), _model(options.teacher)
     assert student.load is not None
+    lengths = {name: default if (value := getattr(options, name)) is None else value
+               for name, (default, _) in LENGTHS.items()}  # fmt: skip
     return Config(
         student=student,
         teacher=teacher,
-        data=DataConfig(train="data/train.jsonl", max_prompt_length=options.max_prompt_length, long_prompts="skip"),
+        data=DataConfig(train="data/train.jsonl", max_prompt_length=lengths["max_prompt_length"], long_prompts="skip"),
         output_dir="runs/planned",
         guidance=GuidanceConfig(answers="data/teacher_answers.jsonl"),
         rollout=RolloutConfig(
-            samples_per_prompt=options.samples_per_prompt, max_response_length=options.max_response_length
+            samples_per_prompt=lengths["samples_per_prompt"], max_response_length=lengths["max_response_length"]
         ),
         tokenizer=TokenizerConfig(kind="huggingface", model=student.load),
-        training=TrainingConfig(global_batch_size=options.global_batch_size),
+        training=TrainingConfig(global_batch_size=lengths["global_batch_size"]),
     )
 
 
@@ -159,7 +208,7 @@ def _table(found: list[Plan]) -> str:
         time, training = plan.time, plan.config.training
         other = time.gradients + time.optimizer + time.transfer + time.refit
         parts = [plan.peak / 1e9, time.total, time.rollout, time.teacher, time.student, time.bubble, other]
-        parts += [-time.hidden] * has_sides
+        parts += [-time.hidden or 0.0] * has_sides
         rows.append(
             (
                 str(number),

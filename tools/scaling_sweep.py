@@ -16,15 +16,17 @@ from pathlib import Path
 from megatron_tropd.config import Config, DataConfig, GuidanceConfig, RolloutConfig, TrainingConfig
 from megatron_tropd.planner.hardware import GPUS, Assumptions
 from megatron_tropd.planner.layouts import plans
+from megatron_tropd.planner.lengths import pieces
 from megatron_tropd.planner.plan import Plan
 from megatron_tropd.planner.shapes import SHAPES
-from megatron_tropd.planner.timing import lengths
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NUM_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GPU = GPUS["H100"]
 FAST_OVERHEAD = 20e-6
 """Seconds a layer and decoded token of an engine that leaves almost none."""
+PIECE = 1024
+"""``rollout.partial_tokens``."""
 BEGIN, END = "<!-- sweep: written by tools/scaling_sweep.py -->", "<!-- end of sweep -->"
 
 
@@ -52,6 +54,8 @@ class Row:
     separate_fast: float
     larger: float
     """A step of four times the rollouts, divided by four."""
+    partial: float
+    """Steps of at most ``PIECE`` new tokens a response, as many as a response takes."""
 
     @property
     def colocated(self) -> float:
@@ -64,6 +68,7 @@ def row(num_gpus: int) -> Row:
     assumed = Assumptions()
     fast = replace(assumed, decode_layer_overhead=FAST_OVERHEAD)
     found = plans(run(), num_gpus, GPU, assumed, most=1)
+    partial = replace(run(), rollout=replace(run().rollout, partial_tokens=PIECE))
     separate = replace(run(), training=replace(run().training, one_step_off=True))
     return Row(
         num_gpus,
@@ -72,6 +77,7 @@ def row(num_gpus: int) -> Row:
         _fastest(run(), num_gpus, fast),
         _fastest(separate, num_gpus, fast),
         _fastest(run(batch=2048), num_gpus, assumed) / 4,
+        _fastest(partial, num_gpus, assumed) * pieces(partial, assumed),
     )
 
 
@@ -84,7 +90,7 @@ def latency_floor(assumed: Assumptions) -> float:
     """Seconds of a step that no number of GPUs removes: launches and collective latencies of the longest response."""
     config = run()
     per_layer = assumed.decode_layer_overhead + 2 * assumed.collective_latency
-    return lengths(config, assumed).longest_response * config.student.num_layers * per_layer
+    return config.rollout.max_response_length * config.student.num_layers * per_layer
 
 
 # ------------------------------------------------------------------------------------------------------- the output
@@ -93,7 +99,7 @@ def latency_floor(assumed: Assumptions) -> float:
 def table_line(found: Row) -> str:
     """One line of the table in docs/scaling.md."""
     if found.plan is None:
-        return f"| {found.num_gpus} | does not fit | | | | | | | | | |"
+        return f"| {found.num_gpus} | does not fit | | | | | | | | | | |"
     student, teacher = found.plan.sizes
     time, own = found.plan.time, found.plan.config.parallel.teacher_schedule == "ahead"
     layout = f"{student.tensor}x{student.pipeline}x{student.data}"
@@ -104,15 +110,17 @@ def table_line(found: Row) -> str:
         layout += f", teacher {teacher.tensor}x{teacher.pipeline}x{teacher.data}{host}"
     other = time.bubble + time.gradients + time.optimizer + time.transfer + time.refit
     seconds = (found.colocated, time.rollout, time.teacher, time.student, other, found.separate, found.fast,
-               found.separate_fast, found.larger)  # fmt: skip
+               found.separate_fast, found.larger, found.partial)  # fmt: skip
     cells = " | ".join("–" if math.isnan(value) else f"{value:.1f}" for value in seconds)
     return f"| {found.num_gpus} | {layout} | {cells} |"
 
 
 def table(rows: list[Row]) -> str:
     """The table of docs/scaling.md."""
-    head = "| GPUs | layout | step | rollout | teacher | student | other | separate | 20 µs | separate, 20 µs | 2048 |"
-    return "\n".join([head, "|" + "---|" * head.count(" | ") + "---|", *map(table_line, rows)])
+    columns = ("GPUs", "layout", "step", "rollout", "teacher", "student", "other", "separate", "20 µs",
+               "separate, 20 µs", "2048", "pieces")  # fmt: skip
+    head = f"| {' | '.join(columns)} |"
+    return "\n".join([head, "|" + "---|" * len(columns), *map(table_line, rows)])
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -134,6 +142,7 @@ def plot(rows: list[Row], path: Path) -> None:
         "colocated, 20 µs a layer and token": [each.fast for each, _ in fitting],
         "separate groups, 20 µs": [each.separate_fast for each, _ in fitting],
         "colocated, 2048 rollouts a step, / 4": [each.larger for each, _ in fitting],
+        f"colocated, in pieces of {PIECE} tokens": [each.partial for each, _ in fitting],
     }
     for label, seconds in lines.items():
         right.plot(gpus, seconds, marker="o", markersize=3, label=label)

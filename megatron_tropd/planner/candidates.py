@@ -27,7 +27,9 @@ def students(config: Config, world_size: int, gpu: Gpu, command: str, *, context
     """
     student = config.student
     for tensor, pipeline in splits(student, gpu, world_size // context if world_size % context == 0 else 0):
-        for chunks in CHUNKS if pipeline > 1 and context == 1 else (1,):
+        staged = in_stages(student, pipeline)
+        is_even = staged.num_layers_in_first_pipeline_stage is None
+        for chunks in CHUNKS if pipeline > 1 and context == 1 and is_even else (1,):
             for spread, shared_by in _expert_splits(config, gpu, world_size // pipeline, tensor):
                 in_parts = pipeline > 1 or (spread > 1 and student.num_moe_experts is not None)
                 has_choice = in_parts and context == 1 and student_generates(config, command)
@@ -49,20 +51,23 @@ def students(config: Config, world_size: int, gpu: Gpu, command: str, *, context
                         offload_teacher=False,
                     )
                     rollout = replace(config.rollout, tensor_model_parallel_size=copy)
-                    sized = replace(config, parallel=parallel, rollout=rollout)
+                    sized = replace(config, student=staged, parallel=parallel, rollout=rollout)
                     if copy is None or _passes(check_inference_copy, sized, world_size):
                         yield sized
 
 
 def with_teachers(student: Config, world_size: int, gpu: Gpu) -> Iterator[Config]:
     """One of ``students`` with the teacher in its layout, and judging ahead in every layout of its own."""
-    yield student
     parallel, teacher = student.parallel, student.teacher
     if teacher is None:
+        yield student
         return
+    shared = in_stages(teacher, parallel.pipeline_model_parallel_size)
+    if parallel.virtual_pipeline_model_parallel_size == 1 or shared.num_layers_in_first_pipeline_stage is None:
+        yield replace(student, teacher=shared)
     ahead = replace(parallel, teacher_schedule="ahead")
     if student.lora.base_is_teacher:
-        yield replace(student, parallel=ahead)
+        yield replace(student, teacher=shared, parallel=ahead)
         return
     if student.student.num_moe_experts is None and parallel.expert_model_parallel_size > 1:
         return  # only the teacher's experts are spread: ahead it has a size of its own for that
@@ -76,8 +81,9 @@ def with_teachers(student: Config, world_size: int, gpu: Gpu) -> Iterator[Config
                 teacher_pipeline_model_parallel_size=pipeline,
                 teacher_expert_model_parallel_size=None if spread == parallel.expert_model_parallel_size else spread,
             )
-            yield replace(student, parallel=own)
-            yield replace(student, parallel=replace(own, offload_teacher=True, teacher_hidden="host"))
+            staged = replace(student, teacher=in_stages(teacher, pipeline), parallel=own)
+            yield staged
+            yield replace(staged, parallel=replace(own, offload_teacher=True, teacher_hidden="host"))
 
 
 def engine_batches(rows: int) -> Iterator[int]:
@@ -103,9 +109,19 @@ def splits(model: ModelConfig, gpu: Gpu, world_size: int) -> Iterator[tuple[int,
     """(tensor, pipeline) sizes; tensor parallelism stays inside a node."""
     for tensor in powers(gpu, world_size):
         for pipeline in PIPELINE_SIZES:
-            divides = world_size % (tensor * pipeline) == 0 and model.num_layers % pipeline == 0
-            if divides and _passes(check_model, "", model, tensor, pipeline):
+            divides = world_size % (tensor * pipeline) == 0
+            if divides and _passes(check_model, "", in_stages(model, pipeline), tensor, pipeline):
                 yield tensor, pipeline
+
+
+def in_stages(model: ModelConfig, pipeline: int) -> ModelConfig:
+    """``model`` in as many stages: of as many layers each or, where they do not divide, with fewer in the first and the
+    last, which have the embedding and the output layer too."""
+    first = last = None
+    if model.num_layers % pipeline:
+        rest = model.num_layers - math.ceil(model.num_layers / pipeline) * (pipeline - 2)
+        first, last = math.ceil(rest / 2), rest // 2
+    return replace(model, num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
 
 
 def _passes(check: Callable[..., None], *arguments: object) -> bool:

@@ -7,7 +7,8 @@ GPUs); bf16 without sparsity; NVLink one way, half of the published two-way figu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Assumptions:
     """Bytes/s between a GPU and its host's memory, eight GPUs at once."""
     host_memory_bandwidth: float = 40e9
     """Bytes/s of a host's memory for each of its eight GPUs: an optimizer's step where its state is there."""
+    host_memory: float = 200e9
+    """Bytes of a host's memory that each of its eight GPUs may have pinned: DGX A100, H100, H200 and B200 have 2 TB."""
     mean_length: float = 0.5
     """Mean length of prompts and of responses, as a share of their budgets; the longest response of a batch fills its
     budget."""
@@ -82,5 +85,11 @@ class Assumptions:
     """Bytes kept free: CUDA context, NCCL, cuBLAS workspace, fragmentation."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mean_length <= 1:
-            raise ValueError(f"mean_length is a share of the budgets, above 0 and at most 1, not {self.mean_length}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_share = field.name == "mean_length" or field.name.endswith("_efficiency")
+            may_be_none = field.name.endswith(("_overhead", "_latency", "_reserve"))
+            if is_share and not 0 < value <= 1:
+                raise ValueError(f"{field.name} is a share, above 0 and at most 1, not {value}")
+            if value < 0 or (value == 0 and not may_be_none) or not math.isfinite(value):
+                raise ValueError(f"{field.name} must be {'at least' if may_be_none else 'above'} 0, not {value}")

@@ -9,9 +9,11 @@ from megatron_tropd.config import Config
 from megatron_tropd.config_checks import problems
 from megatron_tropd.planner.candidates import CONTEXT_SIZES, MICRO_BATCH_SIZES, engine_batches, students, with_teachers
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import RankMemory, Sizes, rank_memory, rollout_layout
-from megatron_tropd.planner.plan import Plan, cost, order
+from megatron_tropd.planner.lengths import in_flight
+from megatron_tropd.planner.memory import RankMemory, rank_memory
+from megatron_tropd.planner.plan import Plan, cost, order, room
 from megatron_tropd.planner.side_layouts import side_plans
+from megatron_tropd.planner.sizes import Sizes, rollout_layout
 from megatron_tropd.planner.timing import step_time
 
 MOST = 100
@@ -123,12 +125,10 @@ class _Search:
         return None
 
     def _room(self, memory: dict[str, RankMemory]) -> float:
-        """Bytes left on the fullest rank."""
-        return self.gpu.memory - self.assumed.memory_reserve - max(each.peak for each in memory.values())
+        return room(memory, self.gpu, self.assumed)
 
     def _all_rows(self, config: Config) -> int:
-        in_flight = config.rollout.num_in_flight(config.training.global_batch_size)
-        return math.ceil(in_flight / rollout_layout(config, self.world_size).replicas)
+        return math.ceil(in_flight(config) / rollout_layout(config, self.world_size).replicas)
 
     @staticmethod
     def _with_rows(config: Config, rows: int) -> Config:

@@ -7,17 +7,15 @@ each with bytes measured on the real trainer. ``e``: bytes of an element of the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
-from megatron_tropd.config import Config, ModelConfig
-from megatron_tropd.config_checks import layout_sizes, teacher_sizes
-from megatron_tropd.config_context import context_parallel_size
-from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
+from megatron_tropd.config import Config
 from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.engine_choice import Choice, choose_engine, generation_place
 from megatron_tropd.planner.activations import LayerSpec, activation_bytes, layer_activations, layer_transient
 from megatron_tropd.planner.adapters import added_activations, stage_adapter_parameters
+from megatron_tropd.planner.lengths import in_flight
 from megatron_tropd.planner.parameters import (
     head_widths,
     layer_expert_parameters,
@@ -25,6 +23,7 @@ from megatron_tropd.planner.parameters import (
     stage_layers,
     stage_parameters,
 )
+from megatron_tropd.planner.sizes import Sizes, rollout_layout, student_layout, teacher_layout
 from megatron_tropd.vocab_parallel.output_head import recommended_chunk_size
 
 
@@ -61,6 +60,9 @@ class RankMemory:
     """Keys and values of one batch of the engine at its longest, or the most that the dynamic engine may have."""
     prefill: int
     """Transient tensors of one layer over the prompts read at once, and the logits of one position."""
+    on_host: int = 0
+    """In the host's memory, pinned: the teacher between its passes, hidden states that wait there, the optimizer's
+    offloaded part. No part of the peak."""
 
     @property
     def resident(self) -> int:
@@ -85,60 +87,6 @@ class RankMemory:
     def components(self) -> dict[str, int]:
         """Name to bytes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One model's layout."""
-
-    tensor: int
-    pipeline: int
-    data: int
-    experts: int | None = field(default=None, compare=False)
-    """Ranks of a stage that each layer's experts are cut and spread over; None: the tensor-parallel ones."""
-    context: int = 1
-    experts_shared_by: int | None = field(default=None, compare=False)
-    """Of these, the ranks that each have a part of one expert."""
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.tensor * self.pipeline * self.context * self.data
-
-    @property
-    def replicas(self) -> int:
-        """Ranks with the same weights, which share the optimizer's state and generate each for themselves."""
-        return self.context * self.data
-
-
-def student_layout(config: Config, world_size: int) -> Sizes:
-    """The student's layout on ``world_size`` ranks."""
-    tensor, pipeline = layout_sizes(config, "train")
-    experts = expert_sizes(config, "train", tensor)
-    return _sizes(config, config.student, world_size, tensor, pipeline, experts)
-
-
-def teacher_layout(config: Config, world_size: int) -> Sizes:
-    """The teacher's, which is the student's unless the config gives it its own."""
-    tensor, pipeline = teacher_sizes(config)
-    experts = teacher_expert_sizes(config, "train", tensor)
-    return _sizes(config, config.teacher or config.student, world_size, tensor, pipeline, experts)
-
-
-def _sizes(
-    config: Config, model: ModelConfig, world_size: int, tensor: int, pipeline: int, experts: tuple[int, int]
-) -> Sizes:
-    context = context_parallel_size(config, "train")
-    sizes = Sizes(tensor, pipeline, world_size // (tensor * pipeline * context), context=context)
-    if model.num_moe_experts is None:
-        return sizes
-    return replace(sizes, experts=math.prod(experts), experts_shared_by=experts[1])
-
-
-def rollout_layout(config: Config, world_size: int) -> Sizes:
-    """The layout that generates: that of the inference copy, where there is one, or the student's."""
-    tensor = config.rollout.tensor_model_parallel_size
-    return student_layout(config, world_size) if tensor is None else Sizes(tensor, 1, world_size // tensor)
 
 
 def chosen_engine(config: Config, layout: Sizes) -> Choice:
@@ -225,6 +173,7 @@ class _Rank:
         weights, gradients, optimizer = self._student_bytes(e)
         if config.lora.rank:
             weights, gradients, optimizer = self._adapter_bytes(weights, e)
+        whole_optimizer = optimizer
         if config.optimizer.optimizer_cpu_offload:
             optimizer = round(optimizer * (1 - config.optimizer.optimizer_offload_fraction))
         one_micro_batch = partial(
@@ -266,6 +215,7 @@ class _Rank:
             teacher_pass=teacher_pass,
             kv_cache=kv_cache,
             prefill=prefill,
+            on_host=whole_optimizer - optimizer + self._on_host(e),
         )
 
     def _in_flight(self, num_micro_batches: int) -> float:
@@ -338,10 +288,22 @@ class _Rank:
             return head * count, self._waiting(hidden), teacher_pass + weights, 0
         return (weights + head) * count, self._waiting(hidden), teacher_pass, 0
 
-    def _waiting(self, hidden: int) -> int:
-        if not self.is_last or self.config.parallel.teacher_hidden == "host":
+    def _waiting(self, hidden: int, *, place: str = "device") -> int:
+        if not self.is_last or self.config.parallel.teacher_hidden != place:
             return 0
         return hidden // (self.student.replicas * self.student.tensor)
+
+    def _on_host(self, e: int) -> int:
+        """Of the teacher's weights and hidden states."""
+        teacher, parallel, sizes = self.config.teacher, self.config.parallel, self.teacher
+        if teacher is None or parallel.teacher_schedule == "shared":
+            return 0
+        rows = self.config.training.global_batch_size * self.config.rollout.max_response_length
+        waiting = self._waiting(rows * teacher.hidden_size * e, place="host")
+        if not parallel.offload_teacher or self.config.lora.base_is_teacher:
+            return waiting
+        counts = stage_parameters(teacher, sizes.tensor, sizes.pipeline, sizes.experts)
+        return waiting + counts[self.teacher_stage] * e * (1 + len(self.config.teachers))
 
     def _rollout_bytes(self, e: int) -> tuple[int, int]:
         """(KV cache, prefill): room for the longest sequence in every row of a batch.
@@ -351,10 +313,7 @@ class _Rank:
         """
         student, rollout, sizes = self.config.student, self.config.rollout, self.generating
         has_copy = rollout.tensor_model_parallel_size is not None
-        rows = min(
-            rollout.max_batch_size,
-            math.ceil(self.config.rollout.num_in_flight(self.config.training.global_batch_size) / sizes.replicas),
-        )
+        rows = min(rollout.max_batch_size, math.ceil(in_flight(self.config) / sizes.replicas))
         _, keys, _ = head_widths(student)
         layers = student.num_layers if has_copy else stage_layers(student, sizes.pipeline)[self.stage]
         token = layers * 2 * (keys // sizes.tensor) * e

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from megatron_tropd.config import Config
 from megatron_tropd.config_sides import num_generators
-from megatron_tropd.planner.memory import RankMemory, Sizes, student_layout, teacher_layout
+from megatron_tropd.planner.hardware import Assumptions, Gpu
+from megatron_tropd.planner.memory import RankMemory
 from megatron_tropd.planner.sides import generators_of, trainers_of
+from megatron_tropd.planner.sizes import Sizes, student_layout, teacher_layout
 from megatron_tropd.planner.timing import StepTime
 
 WORTH = 0.03
@@ -56,3 +58,10 @@ def order(plan: Plan) -> tuple[float, bool, bool, int]:
     parallel = plan.config.parallel
     seconds = round(cost(plan.config, plan.time), 2)
     return seconds, parallel.teacher_schedule == "ahead", parallel.offload_teacher, plan.peak
+
+
+def room(memory: dict[str, RankMemory], gpu: Gpu, assumed: Assumptions) -> float:
+    """Bytes left on the fullest rank; below 0 where it does not fit, there or in its host's memory."""
+    device = gpu.memory - assumed.memory_reserve - max(each.peak for each in memory.values())
+    host = assumed.host_memory - max(each.on_host for each in memory.values())
+    return device if host >= 0 else min(device, host)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,4 +60,8 @@ def find_model(name: str) -> ModelConfig:
         raise ConfigError(f"{name} is not a YAML file with the fields of a model: {error}") from error
     if model.vocab_size is None:
         raise ConfigError(f"{name} has no vocab_size: add it, memory depends on it")
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if "int" in str(field.type).split(" | ") and value is not None and type(value) is not int:
+            raise ConfigError(f"{name}: {field.name} is a number, found {value!r}")
     return model

@@ -13,28 +13,21 @@ from megatron_tropd.config import Config
 from megatron_tropd.config_sides import num_generators
 from megatron_tropd.planner.activations import LayerSpec
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import (
-    RankMemory,
-    copy_bytes,
-    element_bytes,
-    micro_batch_rows,
-    rank_memory,
-    rollout_layout,
-    student_layout,
-    teacher_layout,
-)
+from megatron_tropd.planner.lengths import lengths
+from megatron_tropd.planner.memory import RankMemory, copy_bytes, element_bytes, micro_batch_rows, rank_memory
 from megatron_tropd.planner.parameters import padded_vocabulary
-from megatron_tropd.planner.timing import StepTime, lengths, micro_batch_seconds, rollout_seconds, step_time
+from megatron_tropd.planner.sizes import rollout_layout, student_layout, teacher_layout
+from megatron_tropd.planner.timing import StepTime, micro_batch_seconds, rollout_seconds, step_time
 
 
 def trainers_of(config: Config) -> Config:
-    """The ranks that train, as a job of their own whose teacher is ahead and takes no memory for itself."""
+    """The ranks that train, as a job of their own with the teacher ahead, in their layout."""
     parallel = replace(
         config.parallel,
         generator_ranks=None,
         teacher_tensor_model_parallel_size=None,
         teacher_pipeline_model_parallel_size=None,
-        offload_teacher=True,
+        offload_teacher=False,
     )
     return _one_side(
         replace(config, parallel=parallel, rollout=replace(config.rollout, tensor_model_parallel_size=None))
@@ -50,9 +43,11 @@ def generators_of(config: Config) -> Config:
         generator_ranks=None,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size if tensor is None else tensor,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size if pipeline is None else pipeline,
+        teacher_hidden="device",
     )
+    optimizer = replace(config.optimizer, optimizer_cpu_offload=False)
     student = replace(config.student, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None)
-    return _one_side(replace(config, parallel=own, student=student))
+    return _one_side(replace(config, parallel=own, student=student, optimizer=optimizer))
 
 
 def _one_side(config: Config) -> Config:
@@ -125,17 +120,23 @@ def job_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) ->
     count = num_generators(config, "train")
     if not count:
         return step_time(config, world_size, gpu, assumed)
-    link = (gpu.nvlink if world_size <= gpu.per_node else gpu.network) * assumed.network_efficiency
     train = trainer_time(config, world_size - count, gpu, assumed)
     rollout, teacher = generator_seconds(config, count, gpu, assumed)
     return replace(
         train,
         rollout=rollout,
         teacher=teacher,
-        transfer=handed_over_bytes(config, world_size - count, assumed) / link,
-        refit=copy_bytes(config) / link,
+        transfer=transfer_seconds(config, world_size - count, world_size, gpu, assumed),
+        refit=refit_seconds(config, world_size - count, world_size, gpu, assumed),
         hidden=min(train.total, rollout + teacher),
     )
+
+
+def refit_seconds(config: Config, num_trainers: int, world_size: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """Weights over the busiest link: what a rank that generates receives, or what one that trains sends, which has its
+    part of all copies."""
+    copied = copy_bytes(config)
+    return max(copied, (world_size - num_trainers) * copied / num_trainers) / _link(world_size, gpu, assumed)
 
 
 def trainer_time(config: Config, num_trainers: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
@@ -156,10 +157,15 @@ def generator_seconds(config: Config, count: int, gpu: Gpu, assumed: Assumptions
     return rollout, (passes + layout.pipeline - 1) * one
 
 
-def handed_over_bytes(config: Config, num_trainers: int, assumed: Assumptions) -> float:
+def transfer_seconds(config: Config, num_trainers: int, world_size: int, gpu: Gpu, assumed: Assumptions) -> float:
     """The teacher's hidden states for a rank of the student's last stage."""
     if config.teacher is None:
         return 0.0
     layout = student_layout(trainers_of(config), num_trainers)
     rows = config.training.global_batch_size * lengths(config, assumed).response / layout.replicas / layout.tensor
-    return rows * config.teacher.hidden_size * element_bytes(config)
+    return rows * config.teacher.hidden_size * element_bytes(config) / _link(world_size, gpu, assumed)
+
+
+def _link(world_size: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """Bytes/s between a rank of one side and a rank of the other."""
+    return (gpu.nvlink if world_size <= gpu.per_node else gpu.network) * assumed.network_efficiency

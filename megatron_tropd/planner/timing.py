@@ -13,16 +13,8 @@ from megatron_tropd.config import Config, ModelConfig
 from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.planner.adapters import stage_adapter_parameters
 from megatron_tropd.planner.hardware import Assumptions, Gpu
-from megatron_tropd.planner.memory import (
-    Sizes,
-    chosen_engine,
-    copy_bytes,
-    element_bytes,
-    micro_batch_rows,
-    rollout_layout,
-    student_layout,
-    teacher_layout,
-)
+from megatron_tropd.planner.lengths import Generation, generation, lengths
+from megatron_tropd.planner.memory import chosen_engine, copy_bytes, element_bytes, micro_batch_rows
 from megatron_tropd.planner.parameters import (
     active_layer_parameters,
     head_widths,
@@ -30,6 +22,7 @@ from megatron_tropd.planner.parameters import (
     stage_layers,
     stage_parameters,
 )
+from megatron_tropd.planner.sizes import Sizes, rollout_layout, student_layout, teacher_layout
 
 
 @dataclass(frozen=True)
@@ -69,31 +62,12 @@ class StepTime:
         return [field.name for field in fields(self) if field.name != "hidden"]
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a sequence."""
-
-    prompt: float
-    response: float
-    longest_response: float
-
-    @property
-    def sequence(self) -> float:
-        """Mean tokens of a whole sequence."""
-        return self.prompt + self.response
-
-
-def lengths(config: Config, assumed: Assumptions) -> Lengths:
-    """Mean lengths as a share of the budgets, the longest response at its budget."""
-    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
-    return Lengths(prompt * assumed.mean_length, response * assumed.mean_length, response)
-
-
 def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -> StepTime:
     """The parts of one step of `train`; both models' ``vocab_size`` must be set."""
     student, teacher = student_layout(config, world_size), teacher_layout(config, world_size)
     gradients, optimizer = _update_seconds(config, student, gpu, assumed)
     size, batch = micro_batch_rows(config), config.training.global_batch_size
+    shared_by = config.training.steps_per_rollout
     again, chunks = int(config.training.recompute), config.parallel.virtual_pipeline_model_parallel_size
     passes = again + (2 if config.lora.rank else 3)  # a frozen weight takes no gradient
     num_student = batch / (size * student.data)
@@ -117,7 +91,7 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
         gradients=gradients,
         optimizer=optimizer,
         transfer=_transfer_seconds(config, student, teacher, gpu, assumed),
-        refit=copy_bytes(config) / (_link(student, gpu) * assumed.network_efficiency),
+        refit=copy_bytes(config) / (_link(student, gpu) * assumed.network_efficiency) / shared_by,
     )
 
 
@@ -211,48 +185,48 @@ class Decoding:
     """Positions that a row attends to, on average."""
 
 
-def decoding(config: Config, layout: Sizes, assumed: Assumptions) -> Decoding:
-    """How often a replica in ``layout`` decodes, and what.
+def decoding(config: Config, does: Generation, layout: Sizes) -> Decoding:
+    """How often a replica in ``layout`` decodes, and what, in one generation.
 
     Static batching: batch after batch, each to its longest response with all its rows. Dynamic batching: a row that
-    ends makes room for the next, so that only the last responses wait for the longest. Responses are taken as spread
-    evenly about their mean, as far as that reaches to nothing or to the budget.
+    ends makes room for the next, so that only the last responses wait for the longest.
     """
-    rollout, long = config.rollout, lengths(config, assumed)
-    all_rows = rollout.num_in_flight(config.training.global_batch_size) / layout.replicas
-    rows = min(rollout.max_batch_size, all_rows)
+    all_rows = does.sequences / layout.replicas
+    rows = min(config.rollout.max_batch_size, all_rows)
     if chosen_engine(config, layout).kind == "static":
-        steps = math.ceil(all_rows / rows) * long.longest_response
-        return Decoding(steps, rows, long.prompt + long.longest_response / 2)
-    steps = all_rows / rows * long.response + long.longest_response - long.response
-    mean_square = long.response**2 + min(long.response, long.longest_response - long.response) ** 2 / 3
-    return Decoding(steps, all_rows * long.response / steps, long.prompt + mean_square / (2 * long.response))
+        steps = math.ceil(all_rows / rows) * does.longest
+        return Decoding(steps * does.rounds, rows, does.read + does.longest / 2)
+    steps = all_rows / rows * does.tokens + does.longest - does.tokens
+    return Decoding(steps * does.rounds, all_rows * does.tokens / steps, does.context)
 
 
 def rollout_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
-    """Prefill, as if no prompt were shared, and ``decoding``.
+    """Prefill, as if no prompt were shared, and ``decoding``; for one step of those that share a generation.
 
     A decoded token costs the longer of reading weights and cache, and the products; the launch overhead of the engine
     that ``auto`` chooses on a GPU (or the one asked for) and two all-reduces for every layer. Pipeline stages follow
     one another.
     """
-    long, e = lengths(config, assumed), element_bytes(config)
+    does, e = generation(config, assumed), element_bytes(config)
+    if does is None:
+        return 0.0
     model = one_stage(config.student) if layout.pipeline == 1 else config.student
-    does = decoding(config, layout, assumed)
+    decodes = decoding(config, does, layout)
     products = gpu.flops * assumed.matrix_efficiency * layout.tensor
-    num_prompts = config.rollout.num_in_flight(config.training.global_batch_size) / layout.replicas
-    read_tokens = num_prompts * long.prompt
-    prefill = forward_flops(model, tokens=read_tokens, length=long.prompt, head_tokens=num_prompts) / products
+    read = does.rounds * does.sequences / layout.replicas
+    prefill = forward_flops(model, tokens=read * does.read, length=does.read, head_tokens=read) / products
     _, keys, _ = head_widths(model)
     weights = sum(stage_parameters(model, layout.tensor, layout.pipeline)) * e
-    cache = model.num_layers * does.rows * does.context * 2 * keys / layout.tensor * e
-    read = (weights + cache) / (gpu.memory_bandwidth * assumed.memory_efficiency)
-    multiply = forward_flops(model, tokens=does.rows, length=2 * does.context, head_tokens=does.rows) / products
+    cache = model.num_layers * decodes.rows * decodes.context * 2 * keys / layout.tensor * e
+    load = (weights + cache) / (gpu.memory_bandwidth * assumed.memory_efficiency)
+    multiply = (
+        forward_flops(model, tokens=decodes.rows, length=2 * decodes.context, head_tokens=decodes.rows) / products
+    )
     has_graphs = chosen_engine(config, layout).cuda_graphs
     launch = assumed.decode_layer_overhead if has_graphs else assumed.eager_layer_overhead
-    reduce = all_reduce_seconds(does.rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
-    token = max(read, multiply) + model.num_layers * (launch + 2 * reduce)
-    return prefill + does.steps * token
+    reduce = all_reduce_seconds(decodes.rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
+    token = max(load, multiply) + model.num_layers * (launch + 2 * reduce)
+    return (prefill + decodes.steps * token) / does.steps
 
 
 def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
