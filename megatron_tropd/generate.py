@@ -20,6 +20,7 @@ from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts
 from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, open_run, vocab_size
+from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Rollout, RolloutRequest
 
 _OF_ANSWERS = ("max_response_length", "temperature", "top_p", "max_batch_size")
@@ -54,7 +55,9 @@ def _open_store(run: Run) -> Writer | None:
     writer, problem = None, ""
     if run.layout.is_main:
         try:
-            writer = open_writer(Path(path), _header(run), run.config.guidance.answers_per_shard)
+            writer = open_writer(
+                Path(path), answer_header(run.config, run.tokenizer), run.config.guidance.answers_per_shard
+            )
         except (DataError, OSError) as error:
             problem = str(error)
     if problem := from_main(problem):
@@ -110,11 +113,12 @@ def _unanswered(prompts: list[Prompt], writer: Writer | None) -> list[tuple[int,
     return [(index, prompts[index]) for index in indices]
 
 
-def _header(run: Run) -> AnswerHeader:
-    config, context = run.config, run.config.teacher_context
+def answer_header(config: Config, tokenizer: Tokenizer) -> AnswerHeader:
+    """What the store of this config's answers begins with."""
+    context = config.teacher_context
     assert config.teacher is not None
     return AnswerHeader(
-        tokenizer=run.tokenizer.fingerprint,
+        tokenizer=tokenizer.fingerprint,
         teacher={
             "load": config.teacher.load,
             **architecture(config.teacher),

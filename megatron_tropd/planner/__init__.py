@@ -3,6 +3,7 @@ measured on the real trainer. docs/scaling.md explains them."""
 
 from megatron_tropd.planner.activations import LayerSpec, activation_bytes
 from megatron_tropd.planner.adapters import stage_adapter_parameters
+from megatron_tropd.planner.generation import GenerationMemory, generation_engine, generation_layout, generation_memory
 from megatron_tropd.planner.memory import (
     RankMemory,
     Sizes,
@@ -18,11 +19,15 @@ from megatron_tropd.planner.parameters import model_parameters, stage_layers, st
 from megatron_tropd.planner.sides import generators_of, job_memory, job_time, trainers_of
 
 __all__ = [
+    "GenerationMemory",
     "LayerSpec",
     "RankMemory",
     "Sizes",
     "activation_bytes",
     "element_bytes",
+    "generation_engine",
+    "generation_layout",
+    "generation_memory",
     "generators_of",
     "job_memory",
     "job_time",
