@@ -27,8 +27,7 @@ COPY . .
 # triton, numpy, Transformer Engine and Megatron-Core; the last is installed only where the image has none.
 RUN make setup
 ENV PATH=/opt/megatron-tropd/.venv/bin:$PATH
-# Fails the build where a heavy library does not import, and says what is in the image.
-RUN python -c "import torch, megatron.core, megatron_tropd; \
-print('torch', torch.__version__, 'core', megatron.core.__version__, 'tropd', megatron_tropd.__version__)" \
- && python -m megatron_tropd train --help >/dev/null
+# Fails the build where PyTorch, Megatron-Core or this package does not import, or Transformer Engine or Apex although the
+# image has it; says what is there.
+RUN python tools/check_image.py && python -m megatron_tropd train --help >/dev/null
 CMD ["python", "-m", "megatron_tropd", "--help"]

@@ -32,8 +32,9 @@ Trust Region On-Policy Distillation on Megatron-Core. Commands:
 `python -m megatron_tropd COMMAND --help` lists every config field. Under torchrun:
 torchrun --nproc-per-node 2 -m megatron_tropd train CONFIG.yaml --parallel.tensor_model_parallel_size=2
 
-`train CONFIG.yaml --dry-run [--world-size=N]` checks the config and every file for N processes (default: WORLD_SIZE, or
-one model replica), prints the plan and starts nothing; exit status 1 with everything that would stop the run.
+`--dry-run [--world-size=N]` after `train CONFIG.yaml` or `generate CONFIG.yaml` checks the config and every file for N
+processes (default: WORLD_SIZE, or one model replica), prints the plan and starts nothing; exit status 1 with everything
+that would stop the run.
 """
 
 
@@ -62,20 +63,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _dry_run(command: str, arguments: list[str]) -> int:
-    usage = "python -m megatron_tropd train CONFIG.yaml --dry-run [--world-size=N]"
+    usage = "python -m megatron_tropd {train,generate} CONFIG.yaml --dry-run [--world-size=N]"
     parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--world-size", type=int)
     options, rest = parser.parse_known_args(arguments)
-    if command != "train" or not rest or (options.world_size is not None and options.world_size < 1):
-        parser.error("it needs `train`, a config, and at least one process")
+    if command not in ("train", "generate") or not rest or (options.world_size is not None and options.world_size < 1):
+        parser.error("it needs `train` or `generate`, a config, and at least one process")
     console.set_up(0, verbose=False)
     try:
         config = load_config(rest[0], rest[1:])
     except ConfigError as error:
         print(f"this run cannot start, 1 problem:\n  - {error}")
         return 1
-    return importlib.import_module("megatron_tropd.dry_run").dry_run(config, options.world_size)
+    return importlib.import_module("megatron_tropd.dry_run").dry_run(config, command, options.world_size)
 
 
 def _run(command: str, config: Config) -> None:

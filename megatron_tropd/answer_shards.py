@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from megatron_tropd.answers import AnswerHeader, AnswerWriter
+from megatron_tropd.answers import AnswerHeader, AnswerWriter, check_first_line
 from megatron_tropd.jsonl import DataError
 from megatron_tropd.prompt import Prompt
 
@@ -30,13 +30,25 @@ def open_writer(path: Path, header: AnswerHeader, answers_per_shard: int) -> Wri
 
     Raises DataError where the store is of the other kind or has another header.
     """
+    _check_kind(path, answers_per_shard)
+    return ShardedAnswerWriter(path, header, answers_per_shard) if answers_per_shard else AnswerWriter(path, header)
+
+
+def check_header(path: Path, header: AnswerHeader, answers_per_shard: int) -> None:
+    """Raise DataError where ``open_writer`` would for the beginning of a file; writes nothing."""
+    _check_kind(path, answers_per_shard)
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        with file.open("rb") as lines:
+            check_first_line(lines.readline(), header, f"{file}:1")
+
+
+def _check_kind(path: Path, answers_per_shard: int) -> None:
     if not answers_per_shard and path.is_dir():
         raise DataError(f"{path} is a folder: set guidance.answers_per_shard to continue it, or write to another path")
     if answers_per_shard and path.is_file():
         raise DataError(
             f"{path} is one file: set guidance.answers_per_shard=0 to continue it, or write to another path"
         )
-    return ShardedAnswerWriter(path, header, answers_per_shard) if answers_per_shard else AnswerWriter(path, header)
 
 
 class ShardedAnswerWriter:

@@ -28,6 +28,10 @@ _FORMAT = "megatron-tropd answers"
 _VERSION = 1
 
 
+class UnfinishedStoreError(DataError):
+    """A store without all the answers asked for, which `generate` can add."""
+
+
 @dataclass(frozen=True)
 class AnswerHeader:
     """First line of a store: where its answers come from."""
@@ -75,7 +79,8 @@ class AnswerStore:
         """A finished store: one file, or a folder whose ``*.jsonl`` are its shards, in the order of their names.
 
         A shard whose index is of another file, or that has none, is read once and gets one. Raises DataError for
-        another tokenizer, for ids outside [0, vocab_size), for any malformed line.
+        another tokenizer, for ids outside [0, vocab_size), for any malformed line; UnfinishedStoreError where the last
+        line is cut off, or no answer has been written yet.
         """
         path = Path(path)
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -95,7 +100,7 @@ class AnswerStore:
                 index = _make_index(file, mapped, vocab_size)
             shards.append(_Shard(file, mapped, index, vocab_size))
         if not any(len(shard.index) for shard in shards):
-            raise DataError(f"{path}: no teacher answers: nothing follows the header; run `generate` again")
+            raise UnfinishedStoreError(f"{path}: no teacher answers: nothing follows the header; run `generate` again")
         return cls(path, headers[0], shards)
 
     def answer(self, prompt: Prompt, sample: int) -> Answer:
@@ -108,16 +113,27 @@ class AnswerStore:
         return answer
 
     def require(self, prompts: Iterable[Prompt]) -> None:
-        """DataError where a prompt has no answer, or answers to another text. Parses no line."""
+        """UnfinishedStoreError where a prompt has no answer, DataError where one has answers to another text.
+
+        Parses no line.
+        """
+        missing: UnfinishedStoreError | None = None
         for prompt in prompts:
+            try:
+                found = self._find(prompt)
+            except UnfinishedStoreError as error:
+                missing = missing or error
+                continue
             digest = key(prompt_digest(prompt))
-            if any(int(shard.index.digests[row]) != digest for shard, row in self._find(prompt)):
+            if any(int(shard.index.digests[row]) != digest for shard, row in found):
                 raise self._another_text(prompt)
+        if missing is not None:
+            raise missing
 
     def _find(self, prompt: Prompt) -> list[tuple[_Shard, int]]:
         found = [(shard, row) for shard in self._shards for row in shard.index.rows(prompt.id)]
         if not found:
-            raise DataError(
+            raise UnfinishedStoreError(
                 f"{self._path}: no teacher answer for prompt {prompt.id!r}: run `generate` for these prompts"
             )
         return found
@@ -168,7 +184,7 @@ class AnswerWriter:
         self._path = path = Path(path)
         self._index = IndexBuilder()
         path.parent.mkdir(parents=True, exist_ok=True)
-        num_bytes = self._read_existing(path, header.to_line()) if path.exists() else 0
+        num_bytes = self._read_existing(path, header) if path.exists() else 0
         self._file = path.open("ab")
         if self._file.tell() != num_bytes:  # cutting nothing off is a change too, which the index would notice
             self._file.truncate(num_bytes)
@@ -176,15 +192,15 @@ class AnswerWriter:
             self._write(header.to_line())
             self._index.add_header(header.to_line())
 
-    def _read_existing(self, path: Path, expected: bytes) -> int:
+    def _read_existing(self, path: Path, expected: AnswerHeader) -> int:
         """Count the answers of an unfinished file; returns the size of its complete lines, in bytes."""
         num_bytes = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{path}:{number}"
                 torn = not line.endswith(b"\n")
-                if number == 1 and line != expected and not (torn and expected.startswith(line)):
-                    raise DataError(_different_header(where, line, expected))
+                if number == 1:
+                    check_first_line(line, expected, where)
                 if torn:
                     break
                 if number == 1:
@@ -249,7 +265,12 @@ def _make_index(path: Path, mapped: mmap.mmap, vocab_size: int) -> AnswerIndex:
     builder.add_header(mapped.readline())
     for number, line in enumerate(iter(mapped.readline, b""), start=2):
         where = f"{path}:{number}"
-        identifier, answer = _parse_answer(parse_object(line, where), where, vocab_size)
+        try:
+            identifier, answer = _parse_answer(parse_object(line, where), where, vocab_size)
+        except DataError as error:
+            if line.endswith(b"\n"):
+                raise
+            raise UnfinishedStoreError(f"{error}: the last line is cut off; run `generate` again") from error
         builder.add(line, identifier, answer.prompt_digest, answer.tokens)
     with told_if_not_kept(path):
         return builder.save(path)
@@ -284,9 +305,13 @@ def _parse_answer(line: dict[str, Any], where: str, vocab_size: int) -> tuple[st
     return identifier, Answer(array("i", tokens), finished, digest)
 
 
-def _different_header(where: str, found: bytes, expected: bytes) -> str:
-    return (
+def check_first_line(line: bytes, header: AnswerHeader, where: str) -> None:
+    """Raise DataError where a file that begins with ``line`` is not of ``header``; a crash may have cut it off."""
+    expected = header.to_line()
+    if line == expected or (not line.endswith(b"\n") and expected.startswith(line)):
+        return
+    raise DataError(
         f"{where}: the file exists with another header, so its answers are not this run's: write to another "
-        f"file, or delete this one. Found {found[:300].decode(errors='replace').strip()}; "
+        f"file, or delete this one. Found {line[:300].decode(errors='replace').strip()}; "
         f"expected {expected.decode().strip()}"
     )

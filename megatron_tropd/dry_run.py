@@ -1,4 +1,4 @@
-"""`train --dry-run`: what would stop a run, all of it at once, and the plan of one that can start.
+"""`--dry-run` of `train` and `generate`: what would stop a run, all of it at once, and the plan of one that can start.
 
 Nothing is started or written: no process group, no rank, no folder.
 """
@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_tropd.answers import AnswerStore
+from megatron_tropd.answer_shards import check_header
+from megatron_tropd.answers import AnswerStore, UnfinishedStoreError
 from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
 from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
-from megatron_tropd.config_checks import problems
+from megatron_tropd.config_checks import problems, teacher_sizes
 from megatron_tropd.config_sides import num_generators
 from megatron_tropd.exports import export_reference, exports
+from megatron_tropd.generate import answer_header
 from megatron_tropd.hf_config import is_huggingface
 from megatron_tropd.huggingface import check_architecture, open_weights
 from megatron_tropd.megatron_lm import check_arguments, iteration_in
 from megatron_tropd.planner import (
     Sizes,
     element_bytes,
+    generation_engine,
+    generation_layout,
+    generation_memory,
     job_memory,
     micro_batch_rows,
     model_parameters,
@@ -57,37 +62,51 @@ class Findings:
         except (ValueError, OSError) as error:
             self.problems.append(str(error))
 
+    def warn_of(self, skipped: Mapping[str, int]) -> None:
+        """Prompts that are too long, by file."""
+        for path, number in skipped.items():
+            if number:
+                self.warnings.append(f"{path}: {number} prompts are over their length budget and are skipped")
 
-def dry_run(config: Config, world_size: int | None = None) -> int:
-    """Print the plan of `train`, or every problem; returns the exit status, 1 where there is a problem.
 
-    ``world_size`` is the number of processes; None: WORLD_SIZE, or without it one model replica.
+def dry_run(config: Config, command: str, world_size: int | None = None) -> int:
+    """Print the plan of ``command``, or every problem; returns the exit status, 1 where there is a problem.
+
+    ``command`` is train or generate; ``world_size`` the number of processes; None: WORLD_SIZE, or without it one model
+    replica.
     """
     if world_size is None:
-        world_size = _implied_world_size(config)
-    found = check(config, world_size)
+        world_size = _implied_world_size(config, command)
+    generates = command == "generate"
+    found = check_generation(config, world_size) if generates else check(config, world_size)
     for warning in found.warnings:
         print(f"warning: {warning}")
     if found.problems:
         count = f"{len(found.problems)} problem" + "s" * (len(found.problems) > 1)
         print("\n".join([f"this run cannot start, {count}:", *(f"  - {problem}" for problem in found.problems)]))
         return 1
-    print(describe(config, world_size))
+    print(describe_generation(config, world_size) if generates else describe(config, world_size))
     return 0
 
 
-def _implied_world_size(config: Config) -> int:
+def _implied_world_size(config: Config, command: str) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    parallel = config.parallel
-    replica = max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    return replica + num_generators(config, "train")
+    if command == "generate":
+        return max(1, math.prod(teacher_sizes(config)))
+    parallel, generators = config.parallel, num_generators(config, "train")
+    student = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if generators:
+        return max(1, student) + generators
+    # Whole replicas of the student, of a teacher in a layout of its own, and of an inference copy.
+    context, copy = parallel.context_parallel_size, config.rollout.tensor_model_parallel_size or 1
+    return max(1, math.lcm(student * context, math.prod(teacher_sizes(config)) * context, copy))
 
 
 def check(config: Config, world_size: int) -> Findings:
-    """Every check that needs no process group: sizes, tokenizer, prompts, answers, weights, folders."""
+    """Every check of `train` that needs no process group: sizes, tokenizer, prompts, answers, weights, folders."""
     found = Findings(problems=problems(config, world_size, "train"))
-    _check_output(config, found)
+    _check_writable("output_dir", Path(config.output_dir), found)
     tokenizers: list[Tokenizer] = []
     with found.collect():
         tokenizers.extend(build_tokenizers(config.tokenizer))
@@ -95,13 +114,9 @@ def check(config: Config, world_size: int) -> Findings:
         return found  # files of text cannot be read without
     tokenizer, teacher_tokenizer = tokenizers
     _check_data(config, tokenizer, teacher_tokenizer, found)
-    models = [("student", config.student, tokenizer), ("teacher", config.teacher, teacher_tokenizer)]
-    if config.teacher is not None:
-        for name, folder in config.teachers.items():
-            models.append((f"teachers.{name}", replace(config.teacher, load=folder), teacher_tokenizer))
-    for name, model, own_tokenizer in models:
-        if model is not None:
-            _check_weights(name, model, own_tokenizer, found, allow_legacy=config.training.allow_legacy_checkpoints)
+    legacy = config.training.allow_legacy_checkpoints
+    for name, model, own in (("student", config.student, tokenizer), *_teachers(config, teacher_tokenizer)):
+        _check_weights(name, model, own, found, allow_legacy=legacy)
     _check_resume(config, tokenizer, found)
     if exports(config):
         with found.collect():
@@ -109,13 +124,51 @@ def check(config: Config, world_size: int) -> Findings:
     return found
 
 
-def _check_output(config: Config, found: Findings) -> None:
-    folder = Path(config.output_dir).absolute()
+def check_generation(config: Config, world_size: int) -> Findings:
+    """The same of `generate`: of the teachers alone, and whether the store can be begun or continued."""
+    found = Findings(problems=problems(config, world_size, "generate"))
+    _check_writable("output_dir", Path(config.output_dir), found)
+    tokenizers: list[Tokenizer] = []
+    with found.collect():
+        tokenizers.extend(build_tokenizers(config.tokenizer))
+    if not tokenizers:
+        return found
+    tokenizer, teacher_tokenizer = tokenizers
+    with found.collect():
+        mixture, skipped = read_training_prompts(config, tokenizer, for_teacher=True)
+        refuse_unshared(mixture.prompts, tokenizer, teacher_tokenizer)
+        found.warn_of(skipped)
+    for name, model, own in _teachers(config, teacher_tokenizer):
+        _check_weights(name, model, own, found, allow_legacy=config.training.allow_legacy_checkpoints)
+    guidance = config.guidance
+    if guidance.answers is None or config.teacher is None:
+        return found  # which is among the problems
+    store = Path(guidance.answers)
+    if not store.exists():
+        _check_writable("guidance.answers", store.parent, found)
+        return found
+    with found.collect():
+        check_header(store, answer_header(config, tokenizer), guidance.answers_per_shard)
+        found.warnings.append(f"guidance.answers {store} is there: what it lacks is added, and nothing else done")
+    return found
+
+
+def _teachers(config: Config, tokenizer: Tokenizer) -> list[tuple[str, ModelConfig, Tokenizer]]:
+    """(Name of its section, model, tokenizer) of every teacher."""
+    teacher = config.teacher
+    if teacher is None:
+        return []
+    named = {f"teachers.{name}": replace(teacher, load=folder) for name, folder in config.teachers.items()}
+    return [(name, model, tokenizer) for name, model in {"teacher": teacher, **named}.items()]
+
+
+def _check_writable(name: str, folder: Path, found: Findings) -> None:
+    folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        found.problems.append(f"output_dir {folder}: {existing} is a file, not a folder: choose another folder")
+        found.problems.append(f"{name} {folder}: {existing} is a file, not a folder: choose another folder")
     elif not os.access(existing, os.W_OK | os.X_OK):
-        found.problems.append(f"output_dir {folder}: {existing} is not writable: choose another folder")
+        found.problems.append(f"{name} {folder}: {existing} is not writable: choose another folder")
 
 
 def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, found: Findings) -> None:
@@ -129,9 +182,7 @@ def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokeniz
     with found.collect():
         if data.validation is not None:
             _, skipped[data.validation] = read_prompt_file(config, tokenizer, data.validation)
-    for path, number in skipped.items():
-        if number:
-            found.warnings.append(f"{path}: {number} prompts are over their length budget and are skipped")
+    found.warn_of(skipped)
     answers = config.guidance.answers
     if resolved_schedule(config) == "none" or answers is None:
         return
@@ -141,10 +192,11 @@ def _check_data(config: Config, tokenizer: Tokenizer, teacher_tokenizer: Tokeniz
         )
         return
     with found.collect():
-        store = AnswerStore.read(
-            answers, tokenizer.fingerprint, min(tokenizer.vocab_size, teacher_tokenizer.vocab_size)
-        )
-        store.require(prompts)
+        try:
+            size = min(tokenizer.vocab_size, teacher_tokenizer.vocab_size)
+            AnswerStore.read(answers, tokenizer.fingerprint, size).require(prompts)
+        except UnfinishedStoreError as error:
+            found.warnings.append(f"{error}, which has to come first")
 
 
 def _check_weights(name: str, model: ModelConfig, tokenizer: Tokenizer, found: Findings, *, allow_legacy: bool) -> None:
@@ -196,6 +248,9 @@ def _check_resume(config: Config, tokenizer: Tokenizer, found: Findings) -> None
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 
+_MEMORY = "memory     estimated GB on a rank, {}, longest sequences, fused attention; without CUDA context and NCCL"
+
+
 def describe(config: Config, world_size: int) -> str:
     """The plan of a valid config as text: layout, parameters, tokens of a step, memory of each pipeline stage."""
     config = with_vocab_sizes(config, *build_tokenizers(config.tokenizer))
@@ -232,9 +287,29 @@ def describe(config: Config, world_size: int) -> str:
         f"{training.global_batch_size // rollout.samples_per_prompt} prompts x {rollout.samples_per_prompt} rollouts; "
         f"at most {training.global_batch_size * length:,} tokens ({length:,} each)",
         f"micro-batches  {num_micro_batches} of {rows} on each data-parallel rank{packing}",
-        f"memory     estimated GB on a rank, {'fp32' if element_bytes(config) == 4 else 'bf16'}, longest sequences, "
-        "fused attention; without CUDA context and NCCL",
+        _MEMORY.format("fp32" if element_bytes(config) == 4 else "bf16"),
         *memory_table(config, world_size),
+        "nothing was started",
+    ]
+    return "\n".join(lines)
+
+
+def describe_generation(config: Config, world_size: int) -> str:
+    """The plan of a valid config for `generate` as text: layout, engine, memory of each pipeline stage."""
+    config = with_vocab_sizes(config, *build_tokenizers(config.tokenizer))
+    assert config.teacher is not None
+    layout, engine = generation_layout(config, world_size), generation_engine(config, world_size)
+    kinds = generation_memory(config, world_size)
+    lines = [
+        f"run        generate: the teacher's answers to data.train, in {config.guidance.answers}",
+        f"layout     {_sizes(layout)}",
+        f"teacher    {model_parameters(config.teacher) / 1e9:.3f} B parameters; on a rank of each stage "
+        + ", ".join(f"{count / 1e9:.3f} B" for count in _stage_parameters(config.teacher, layout)),
+        f"engine     on GPUs {engine.kind} batching; on each data-parallel rank rollout.max_batch_size = "
+        f"{config.rollout.max_batch_size} sequences at once; answers of at most "
+        f"{config.rollout.max_response_length:,} tokens",
+        _MEMORY.format("fp32" if element_bytes(config) == 4 else "bf16"),
+        *_table({name: kind.components() | {"peak": kind.peak} for name, kind in kinds.items()}),
         "nothing was started",
     ]
     return "\n".join(lines)
@@ -276,11 +351,13 @@ def with_vocab_sizes(config: Config, tokenizer: Tokenizer, teacher_tokenizer: To
 def memory_table(config: Config, world_size: int) -> list[str]:
     """Components that are not 0 on some rank, in GB, one column for each kind of rank."""
     kinds = job_memory(config, world_size)
-    names = next(iter(kinds.values())).components()
-    rows = {name: [kind.components()[name] for kind in kinds.values()] for name in names}
-    rows["peak"] = [kind.peak for kind in kinds.values()]
+    return _table({name: kind.components() | {"peak": kind.peak} for name, kind in kinds.items()})
+
+
+def _table(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
+    rows = {name: [column[name] for column in columns.values()] for name in next(iter(columns.values()))}
     return [
-        f"  {'rank of':<16}" + "".join(f"{name:>20}" for name in kinds),
+        f"  {'rank of':<16}" + "".join(f"{name:>20}" for name in columns),
         *(
             f"  {name.replace('_', ' '):<16}" + "".join(f"{value / 1e9:>20.3f}" for value in values)
             for name, values in rows.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -20,8 +21,10 @@ from megatron_tropd.prompt import Prompt
 from megatron_tropd.prompt_sources import read_training_prompts
 from megatron_tropd.rollout import RolloutEngine, build_engine
 from megatron_tropd.run import Run, open_run, vocab_size
+from megatron_tropd.tokenizer import Tokenizer
 from megatron_tropd.types import Rollout, RolloutRequest
 
+logger = logging.getLogger(__name__)
 _OF_ANSWERS = ("max_response_length", "temperature", "top_p", "max_batch_size")
 """Fields of ``rollout`` that a store's header keeps: what the answers depend on."""
 
@@ -30,21 +33,27 @@ def generate(config: Config) -> None:
     """Write one teacher answer for each prompt of ``data.train`` to ``guidance.answers``.
 
     The teacher samples at ``rollout.temperature`` with the engine that training uses; every data-parallel replica
-    answers its share. A store that an earlier call left unfinished is continued; a finished one is left as it is.
+    answers its share. A store that an earlier call left unfinished is continued; a finished one is left as it is. After
+    SIGTERM on any rank the answers in hand are finished and written, and the function returns.
     """
     with open_run(config, "generate") as run:
         prompts = read_training_prompts(config, run.tokenizer, for_teacher=True)[0].prompts
         writer = _open_store(run)
         with writer or nullcontext():
             waiting = _unanswered(prompts, writer)
+            num_answers = 0
             with tqdm(
                 total=len(waiting), desc="teacher answers", unit="prompt", disable=not (waiting and run.layout.is_main)
             ) as bar:
                 for teacher in ("", *config.teachers):
                     mine = [(index, prompt) for index, prompt in waiting if prompt.teacher == teacher]
-                    if mine:
-                        _answer(run, teacher, mine, writer, bar)
+                    if mine and not run.should_stop():
+                        num_answers += _answer(run, teacher, mine, writer, bar)
         dist.barrier()  # no rank goes on to read a store that is still being written
+        if num_answers < len(waiting):
+            run.monitor.journal.outcome = "sigterm"
+            written = f"{num_answers} of the {len(waiting)} answers that were missing"
+            logger.warning("SIGTERM: wrote %s; start again with the same command to continue", written)
 
 
 def _open_store(run: Run) -> Writer | None:
@@ -54,7 +63,9 @@ def _open_store(run: Run) -> Writer | None:
     writer, problem = None, ""
     if run.layout.is_main:
         try:
-            writer = open_writer(Path(path), _header(run), run.config.guidance.answers_per_shard)
+            writer = open_writer(
+                Path(path), answer_header(run.config, run.tokenizer), run.config.guidance.answers_per_shard
+            )
         except (DataError, OSError) as error:
             problem = str(error)
     if problem := from_main(problem):
@@ -62,7 +73,8 @@ def _open_store(run: Run) -> Writer | None:
     return writer
 
 
-def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: Writer | None, bar: tqdm) -> None:
+def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: Writer | None, bar: tqdm) -> int:
+    """Have ``teacher`` answer until all are answered or the run is to stop; returns how many are."""
     config, layout = run.config, run.layout
     assert config.teacher is not None
     (model,) = load_teacher(run, name=teacher)
@@ -80,12 +92,15 @@ def _answer(run: Run, teacher: str, waiting: list[tuple[int, Prompt]], writer: W
     )
     count = config.rollout.max_batch_size * layout.data_parallel_size
     for start in range(0, len(waiting), count):
+        if start and run.should_stop():
+            return start
         chunk = waiting[start : start + count]
         answers = _generate_over_replicas(run, engine, chunk)
         for (_, prompt), rollout in zip(chunk, answers, strict=True):
             if writer is not None:
                 writer.write(prompt, rollout.response, rollout.finished)
             bar.update()
+    return len(waiting)
 
 
 def _generate_over_replicas(run: Run, engine: RolloutEngine, chunk: list[tuple[int, Prompt]]) -> list[Rollout]:
@@ -110,11 +125,12 @@ def _unanswered(prompts: list[Prompt], writer: Writer | None) -> list[tuple[int,
     return [(index, prompts[index]) for index in indices]
 
 
-def _header(run: Run) -> AnswerHeader:
-    config, context = run.config, run.config.teacher_context
+def answer_header(config: Config, tokenizer: Tokenizer) -> AnswerHeader:
+    """What the store of this config's answers begins with."""
+    context = config.teacher_context
     assert config.teacher is not None
     return AnswerHeader(
-        tokenizer=run.tokenizer.fingerprint,
+        tokenizer=tokenizer.fingerprint,
         teacher={
             "load": config.teacher.load,
             **architecture(config.teacher),

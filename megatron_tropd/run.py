@@ -85,7 +85,7 @@ class Run:
         return types[self.config.training.precision]
 
     def request_stop(self) -> None:
-        """Save after the step in hand and end, as after SIGTERM."""
+        """End after the step in hand, or `generate`'s chunk, with what has been done kept, as after SIGTERM."""
         self.stop_requested = True
 
     def should_stop(self) -> bool:
@@ -126,7 +126,8 @@ def vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
 def open_run(config: Config, command: str) -> Iterator[Run]:
     """Check the config, start the process groups, catch SIGTERM; tear everything down at the end.
 
-    A config or tokenizer error is raised on every rank before any group exists. With ``training.one_step_off`` the run
+    A config or tokenizer error is raised on every rank before any group exists. `evaluate` has nothing to keep when it
+    is stopped: SIGTERM ends it as it does any process. With ``training.one_step_off`` the run
     is that of this rank's side: the generators' has the teacher's layout, and logs in a folder of its own.
     """
     validate(config, distributed.world_size(), command)
@@ -160,7 +161,9 @@ def open_run(config: Config, command: str) -> Iterator[Run]:
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
         run.request_stop()
 
-    previous = signal.signal(signal.SIGTERM, request_stop)
+    previous = signal.getsignal(signal.SIGTERM)
+    if command != "evaluate":
+        signal.signal(signal.SIGTERM, request_stop)
     watchdog = Watchdog(
         layout,
         timeout_seconds=60 * config.parallel.distributed_timeout_minutes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -99,10 +100,32 @@ def _generate(path: str, answers: dict[str, int], die_at_line: int | None) -> No
         )
 
 
+def _generate_until_told_to_stop(path: str, store: str) -> tuple[dict[str, Any], list[str]]:
+    """Rank 1 alone gets SIGTERM while the second chunk is generated; returns this rank's exit report and messages."""
+    from megatron_tropd import generate
+    from megatron_tropd.config_parser import load_config
+
+    answer, chunks = generate._generate_over_replicas, []
+
+    def answer_and_signal(*arguments: Any) -> Any:
+        chunks.append(1)
+        if len(chunks) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(*arguments)
+
+    generate._generate_over_replicas = answer_and_signal
+    config = load_config(path, [f"--guidance.answers={store}", "--guidance.answers_per_shard=24"])
+    generate.generate(config)
+    logs = Path(config.output_dir) / "logs"
+    events = [json.loads(line) for line in (logs / f"rank_{os.environ['RANK']}.jsonl").open()]
+    report = json.loads((logs / f"rank_{os.environ['RANK']}.exit.json").read_text())
+    return report, [event["message"] for event in events if event["event"] == "log"]
+
+
 def test_two_replicas_that_are_killed_continue_to_the_same_store(tmp_path: Path, data: Path) -> None:
     rollout: dict[str, Any] = {"samples_per_prompt": 2, "max_response_length": 5, "max_batch_size": 7}
     path = str(test_run.config_file(tmp_path, data, rollout=rollout))
-    killed, whole, one_file = (str(tmp_path / name) for name in ("killed", "whole", "one.jsonl"))
+    killed, stopped, whole, one_file = (str(tmp_path / name) for name in ("killed", "stopped", "whole", "one.jsonl"))
     # 64 answers; line 33 (headers are lines too) is the seventh answer of the second shard.
     with pytest.raises(AssertionError, match="the process ended without a word"):
         run_ranks(2, _generate, path, {killed: 24}, 33)
@@ -110,9 +133,15 @@ def test_two_replicas_that_are_killed_continue_to_the_same_store(tmp_path: Path,
     assert [content.count(b"\n") for content in left.values()] == [25, 7] and not left["shard_00001.jsonl"].endswith(
         b"\n"
     )
-    run_ranks(2, _generate, path, {killed: 24, whole: 24, one_file: 0}, None)
+    # SIGTERM on one rank: both end by themselves with whole chunks of 2 x 7 answers.
+    for report, messages in run_ranks(2, _generate_until_told_to_stop, path, stopped):
+        assert (report["outcome"], report["error"]) == ("sigterm", None)
+        assert messages[-1].startswith("SIGTERM: wrote 28 of the 64 answers that were missing; start again"), messages
+    left = _contents(Path(stopped))
+    assert [content.count(b"\n") for content in left.values()] == [25, 5] and left["shard_00001.jsonl"].endswith(b"\n")
+    run_ranks(2, _generate, path, {killed: 24, stopped: 24, whole: 24, one_file: 0}, None)
     shards = _contents(Path(killed))
-    assert shards == _contents(Path(whole)) and len(shards) == 3
+    assert shards == _contents(Path(stopped)) == _contents(Path(whole)) and len(shards) == 3
     lines = [line for content in shards.values() for line in content.splitlines()[1:]]
     assert lines == Path(one_file).read_bytes().splitlines()[1:] and len(lines) == 64
     tokenizer = CharacterTokenizer("0123456789+=")

@@ -1,4 +1,4 @@
-"""`train --dry-run`: every problem at once, nothing started and nothing written."""
+"""`--dry-run` of `train` and `generate`: every problem at once, nothing started and nothing written."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _write(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def _run(*arguments: str) -> tuple[int, str]:
+def _run(*arguments: str, command: str = "train") -> tuple[int, str]:
     from megatron_tropd.__main__ import main
 
     output = StringIO()
     with redirect_stdout(output):
-        status = main(["train", *arguments])
+        status = main([command, *arguments])
     return status, output.getvalue()
 
 
@@ -84,6 +84,9 @@ def _plan_of_a_good_config(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before, "a dry run writes nothing"
     # Without an option one model replica is meant, and torchrun's WORLD_SIZE where it is set.
     assert "4 ranks = tensor 2 x pipeline 2 x data 1" in _run(path, "--dry-run")[1]
+    ahead = ["--parallel.teacher_schedule=ahead", "--parallel.teacher_tensor_model_parallel_size=1",
+             "--parallel.pipeline_model_parallel_size=1", "--parallel.teacher_pipeline_model_parallel_size=4"]  # fmt: skip
+    assert "4 ranks = tensor 2 x pipeline 1 x data 2" in _run(path, "--dry-run", *ahead)[1]
     os.environ["WORLD_SIZE"] = "16"
     assert "16 ranks = tensor 2 x pipeline 2 x data 4" in _run(path, "--dry-run")[1]
     del os.environ["WORLD_SIZE"]
@@ -144,10 +147,77 @@ def _one_problem_each(folder: Path) -> None:
     assert status == 1 and "2 problems" in text and "the file is empty" in text
 
 
+def _plan_and_problems_of_generate(folder: Path) -> None:
+    path = _write(folder, teacher={"num_layers": 4}, rollout={"engine": "dynamic", "max_batch_size": 10})
+    before = sorted(folder.rglob("*"))
+    options = ("--dry-run", "--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2")
+    status, text = _run(path, *options, "--world-size=8", command="generate")
+    assert status == 0 and "8 ranks = tensor 2 x pipeline 2 x data 2" in text, text
+    assert "on GPUs dynamic batching" in text and "rollout.max_batch_size = 10 sequences" in text
+    assert "teacher.load" in text and "student" not in text and sorted(folder.rglob("*")) == before
+    table = text.split("NCCL\n")[1].splitlines()
+    assert table[0].split() == ["rank", "of", "stage", "0", "stage", "1"] and table[-1] == "nothing was started"
+    assert "4 ranks = tensor 2 x pipeline 2 x data 1" in _run(path, *options, command="generate")[1]
+    broken = _write(
+        folder,
+        teacher={"load": str(folder / "nowhere"), "num_query_groups": 3},
+        data={"train": str(folder / "missing.jsonl")},
+        guidance={"answers": str(folder / "prompts.jsonl" / "answers.jsonl")},
+    )
+    status, text = _run(broken, "--dry-run", command="generate")
+    assert status == 1 and "this run cannot start, 4 problems" in text, text
+    for problem in (
+        "teacher.num_attention_heads 4 is not divisible by num_query_groups 3",
+        "cannot read " + str(folder / "missing.jsonl"),
+        "prompts.jsonl is a file, not a folder",
+        f"teacher.load {folder / 'nowhere'} is not there",
+    ):
+        assert problem in text, problem
+    status, text = _run(_write(folder, teacher=None), "--dry-run", command="generate")
+    assert status == 1 and "this run cannot start, 1 problem:\n  - `generate` needs a teacher" in text
+
+
+def _a_store_that_generate_has_begun(folder: Path) -> None:
+    from megatron_tropd.answers import AnswerWriter
+    from megatron_tropd.config_parser import load_config
+    from megatron_tropd.data import read_prompts
+    from megatron_tropd.generate import answer_header
+    from megatron_tropd.tokenizer_builder import build_tokenizers
+
+    path, store = _write(folder), folder / "answers.jsonl"
+    config = load_config(path)
+    tokenizer, _ = build_tokenizers(config.tokenizer)
+    prompts, _ = read_prompts(folder / "prompts.jsonl", tokenizer, 16, "refuse")
+    header = answer_header(config, tokenizer)
+    states = {store.read_bytes(): "nothing follows the header" for _ in [AnswerWriter(store, header).close()]}
+    with AnswerWriter(store, header) as writer:
+        writer.write(prompts[0], (3, 4, 1), True)
+    states[store.read_bytes()] = "no teacher answer for prompt '2'"
+    states[store.read_bytes()[:-9]] = "the last line is cut off"
+    for content, found in states.items():
+        store.write_bytes(content)
+        status, text = _run(path, "--dry-run")
+        assert status == 0 and found in text and "which has to come first" in text, text
+        status, text = _run(path, "--dry-run", command="generate")
+        assert status == 0 and f"guidance.answers {store} is there: what it lacks is added" in text, text
+        assert store.read_bytes() == content
+    other = _write(folder, rollout={"temperature": 0.5})
+    status, text = _run(other, "--dry-run", command="generate")
+    assert status == 1 and "the file exists with another header" in text
+    status, text = _run(path, "--dry-run", "--guidance.answers_per_shard=5", command="generate")
+    assert status == 1 and "answers.jsonl is one file: set guidance.answers_per_shard=0" in text
+
+
 def _check_all(folder: str) -> None:
     import torch.distributed as dist
 
-    checks: list[Callable[[Path], None]] = [_plan_of_a_good_config, _all_problems_at_once, _one_problem_each]
+    checks: list[Callable[[Path], None]] = [
+        _plan_of_a_good_config,
+        _all_problems_at_once,
+        _one_problem_each,
+        _plan_and_problems_of_generate,
+        _a_store_that_generate_has_begun,
+    ]
     del os.environ["WORLD_SIZE"]
     for check in checks:
         own = Path(folder) / check.__name__

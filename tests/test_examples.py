@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.config import Config
 from megatron_tropd.config_parser import load_config
 from megatron_tropd.hf_config import config_values
+from megatron_tropd.planner import generation_memory
 from megatron_tropd.planner.hardware import GPUS, Assumptions
 from megatron_tropd.planner.layouts import plans
 from tests.ranks import run_ranks
@@ -56,7 +59,89 @@ def test_the_script_starts_as_many_ranks(name: str) -> None:
     if script.endswith(".sbatch"):
         for option, size in (("nodes", nodes), ("gpus-per-node", per_node), ("ntasks-per-node", per_node)):
             assert f"#SBATCH --{option}={size}\n" in text
-    subprocess.run(["bash", "-n", str(EXAMPLES / name / script)], check=True)
+
+
+LAUNCHERS = {
+    "python": 'echo "$(printf "%q " "RANK=${RANK:-}" "CPUS=${SRUN_CPUS_PER_TASK:-}" python "$@")" >>"$CALLS"',
+    "torchrun": 'echo "$(printf "%q " torchrun "$@")" >>"$CALLS"',
+    "scontrol": "printf 'node1\\nnode2\\n'",
+    # Runs what follows its own options, as the last task would.
+    "srun": 'echo "$(printf "%q " srun "$@")" >>"$CALLS"\nwhile [[ $1 == --* ]]; do shift; done\n'
+    'SLURM_PROCID=63 SLURM_LOCALID=7 SLURM_NTASKS=64 exec "$@"',
+}
+"""What the scripts start, as stand-ins that write their arguments down."""
+
+
+def _calls(name: str, folder: Path, **environment: str) -> list[list[str]]:
+    """Everything that an example's script starts, from the repository's root, with an override that has a space."""
+    script, _ = CLUSTERS[name]
+    folder.mkdir()
+    for launcher, body in LAUNCHERS.items():
+        (folder / launcher).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / launcher).chmod(0o755)
+    calls = folder / "calls"
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), **environment}
+    command = ["bash", f"examples/{name}/{script}", "--output_dir=runs/my run"]
+    subprocess.run(command, check=True, cwd=EXAMPLES.parent, env=own)
+    return [shlex.split(line) for line in calls.read_text().splitlines()]
+
+
+ENVIRONMENTS = {
+    "qwen3_8gpu": {},
+    "qwen3_2nodes": {"NODE_RANK": "1", "MASTER_ADDR": "node1"},
+    "llama3_slurm": {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "8", "IMAGE": "/my images/tropd.sqsh"},
+}
+"""What the scripts are given on a cluster."""
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
+    """What each script starts."""
+    folder = tmp_path_factory.mktemp("calls")
+    return {name: _calls(name, folder / name, **given) for name, given in ENVIRONMENTS.items()}
+
+
+def _commands(started: list[list[str]]) -> list[list[str]]:
+    """The arguments of the package's own command line, one list for each time that it is started."""
+    programs = [call for call in started if call[0] != "srun"]
+    return [call[call.index("megatron_tropd") + 1 :] for call in programs]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_script_checks_both_commands_and_then_starts_them(name: str, calls: dict[str, list[list[str]]]) -> None:
+    dry = ["--dry-run", f"--world-size={CLUSTERS[name][1]}"]
+    given = [f"examples/{name}/distill.yaml", "--output_dir=runs/my run"]
+    check_train, check_generate, generate, train = _commands(calls[name])
+    assert train == ["train", *given] and check_train == [*train, *dry]
+    assert generate[:3] == ["generate", *given] and check_generate == [*generate, *dry]
+
+
+def test_the_launchers_get_what_they_need(calls: dict[str, list[list[str]]]) -> None:
+    steps = [call for call in calls["llama3_slurm"] if call[0] == "srun"]
+    assert len(steps) == 4 and all("--container-image=/my images/tropd.sqsh" in step for step in steps)
+    ranks = [call[:2] for call in calls["llama3_slurm"] if call[0] != "srun"]
+    assert ranks == [["RANK=", "CPUS=8"]] * 2 + [["RANK=63", "CPUS=8"]] * 2
+    starts = [call for call in calls["qwen3_2nodes"] if call[0] == "torchrun"]
+    for start, port in zip(starts, ("29500", "29501"), strict=True):
+        options = dict(zip(start[1:13:2], start[2:14:2], strict=True))
+        assert options == {
+            "--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "node1",
+            "--master-port": port, "-m": "megatron_tropd",
+        }  # fmt: skip
+
+
+def _fits(config: Config, world_size: int) -> bool:
+    reserve = Assumptions().memory_reserve
+    return all(
+        memory.peak + reserve <= GPUS["H100"].memory for memory in generation_memory(config, world_size).values()
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_teachers_cache_fits_where_the_script_generates(name: str, calls: dict[str, list[list[str]]]) -> None:
+    overrides = _commands(calls[name.split("/")[0]])[2][3:]
+    assert _fits(load_config(EXAMPLES / name, overrides), CONFIGS[name])
+    assert not _fits(load_config(EXAMPLES / name), CONFIGS[name]), "the overrides could go"
 
 
 def _text(name: str, file: str) -> str:
@@ -104,6 +189,10 @@ def _dry_runs(folder: str) -> dict[str, tuple[int, str]]:
         with redirect_stdout(output):
             status = main(["train", str(EXAMPLES / name), "--dry-run", f"--world-size={gpus}"])
         results[name] = status, output.getvalue()
+        output = StringIO()
+        with redirect_stdout(output):
+            status = main(["generate", str(EXAMPLES / name), "--dry-run", f"--world-size={gpus}"])
+        results[f"generate {name}"] = status, output.getvalue()
     return results
 
 
@@ -111,6 +200,9 @@ def test_dry_runs(tmp_path: Path) -> None:
     (results,) = run_ranks(1, _dry_runs, str(tmp_path), init_process_group=False)
     for name, (status, text) in results.items():
         assert status == 0, text
+        if name.startswith("generate"):
+            assert text.count("but no weights (*.safetensors) yet") == 1 and "student" not in text
+            continue
         assert sum(set(map(int, re.findall(r"(\d+) ranks = ", text)))) == CONFIGS[name]  # of both sides together
         assert text.count("but no weights (*.safetensors) yet") == 2, "student and teacher have a config.json alone"
         assert "teacher_answers.jsonl is not there yet" in text
@@ -157,6 +249,7 @@ def test_the_papers_settings_are_the_papers() -> None:
         )  # fmt: skip
         assert (options.top_k, options.beta, training.normalization) == (64, 0.001, "tokens")
         assert (config.guidance.schedule, config.guidance.fraction) == ("half-cosine", 1.0)
+        assert _fits(config, 8), "`generate` on eight GPUs, as its first lines say"
         assert config.guidance.max_prefix_length in (None, config.rollout.max_response_length)
         assert (training.train_iters, training.global_batch_size, config.rollout.samples_per_prompt) == (200, 512, 4)
         assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style) == (5e-6, 0.0, "constant")

@@ -122,8 +122,8 @@ LEVELS = [
     {"run"},
     {"building"},
     {"engines", "generator"},
-    {"dry_run", "evaluate", "generate"},
-    {"trainer"},
+    {"evaluate", "generate"},
+    {"dry_run", "trainer"},
     {"__main__"},
 ]
 """Every module of the package; each imports only from the rows above its own."""

@@ -21,6 +21,15 @@ def _rows() -> dict[int, list[str]]:
     return {int(cells[0]): cells for cells in lines if cells[0].isdigit()}
 
 
+def test_help_and_unknown_options_start_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    before = DOCUMENT.stat().st_mtime_ns
+    for arguments, status in ((["--help"], 0), (["--gpu=H200"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            scaling_sweep.main(arguments)
+        assert ended.value.code == status
+    assert "Predicted step times" in capsys.readouterr().out and DOCUMENT.stat().st_mtime_ns == before
+
+
 def test_the_table_is_the_planners() -> None:
     rows = _rows()
     assert tuple(rows) == scaling_sweep.NUM_GPUS

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests import test_run
-from tests.ranks import _environment
+from tests.ranks import _environment, run_ranks
 from tests.test_run import REPOSITORY, _exit_report, config_file
 
 data = test_run.data
@@ -75,6 +75,20 @@ def ranks(request: pytest.FixtureRequest, tmp_path: Path, data: Path) -> Iterato
         yield started
     finally:
         started.signal(signal.SIGKILL)
+
+
+def _evaluate_until_told_to_stop(path: str) -> None:
+    from megatron_tropd import evaluate
+    from megatron_tropd.config_parser import load_config
+
+    evaluate.evaluate_prompts = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    evaluate.evaluate(load_config(path))
+
+
+def test_sigterm_ends_an_evaluation_at_once(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(AssertionError, match="the process ended without a word"):
+        run_ranks(1, _evaluate_until_told_to_stop, str(config_file(tmp_path, data)), init_process_group=False)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 BOTH_WAYS = pytest.mark.parametrize("ranks", [False, True], ids=["waiting", "background"], indirect=True)
