@@ -84,8 +84,8 @@ def _plan_of_a_good_config(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before, "a dry run writes nothing"
     # Without an option one model replica is meant, and torchrun's WORLD_SIZE where it is set.
     assert "4 ranks = tensor 2 x pipeline 2 x data 1" in _run(path, "--dry-run")[1]
-    ahead = ["--parallel.teacher_schedule=ahead", "--parallel.teacher_tensor_model_parallel_size=1",
-             "--parallel.pipeline_model_parallel_size=1", "--parallel.teacher_pipeline_model_parallel_size=4"]  # fmt: skip
+    options = "teacher_schedule=ahead", "pipeline_model_parallel_size=1", "teacher_tensor_model_parallel_size=1"
+    ahead = [f"--parallel.{option}" for option in (*options, "teacher_pipeline_model_parallel_size=4")]
     assert "4 ranks = tensor 2 x pipeline 1 x data 2" in _run(path, "--dry-run", *ahead)[1]
     os.environ["WORLD_SIZE"] = "16"
     assert "16 ranks = tensor 2 x pipeline 2 x data 4" in _run(path, "--dry-run")[1]
