@@ -80,11 +80,14 @@ class TeacherAhead:
         last stage. Every rank calls it."""
         started = perf_counter()
         everyone = self._everyones_inputs(batch)
-        found = self._pass.judge(everyone)
-        judged: list[Judged | None] = [None] * len(batch.micro_batches)
         counts = [[one.num_positions(self.layout) for one in inputs] for inputs in everyone]
-        for delivery in deliveries(counts, self._places):
-            share_CH = self._deliver(found.get(delivery.job), delivery)
+        rank, planned = dist.get_rank(), list(deliveries(counts, self._places))
+        # Tensor-parallel ranks have the same rows: each keeps what it sends, and that until it is sent.
+        sent = {delivery.job for delivery in planned if delivery.source == rank}
+        found = {job: rows_NH for job, rows_NH in self._pass.judge(everyone).items() if job in sent}
+        judged: list[Judged | None] = [None] * len(batch.micro_batches)
+        for delivery in planned:
+            share_CH = self._deliver(found.pop(delivery.job) if delivery.source == rank else None, delivery)
             if share_CH is not None:
                 judged[delivery.index] = Judged(self._wait_place(share_CH), delivery.num_positions)
         self.seconds = perf_counter() - started

@@ -68,7 +68,7 @@ class StudentTeacherStage(torch.nn.Module):
         to the student's for the communicator.
         """
         received_SBH, self._received_SBH = self._received_SBH, None
-        teacher_output = self._run_teacher(batch, getattr(received_SBH, TEACHER_HIDDEN, None))
+        teacher_output = self._run_teacher(batch, _take_teacher_hidden(received_SBH))
         self.module.set_input_tensor(received_SBH)
         student_output = self._run_model(self.module, batch)
         if teacher_output is not None and not self.module.post_process:
@@ -89,6 +89,7 @@ class StudentTeacherStage(torch.nn.Module):
         teacher.set_input_tensor(received_SBH)
         with torch.no_grad(), adapters_off(teacher):
             output = self._run_model(teacher, batch)
+        teacher.set_input_tensor(None)  # Megatron would keep it until the next one comes
         end.record()
         self.teacher_events.append((start, end))
         return output
@@ -138,6 +139,11 @@ def _packed_parameters(lengths: Sequence[int], device: torch.device) -> PackedSe
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+
+
+def _take_teacher_hidden(student_SBH: torch.Tensor | None) -> torch.Tensor | None:
+    """What rides on it, taken off: the student's tensor lives until its backward, the teacher's must not."""
+    return None if student_SBH is None else vars(student_SBH).pop(TEACHER_HIDDEN, None)
 
 
 def _routers_padding(model: GPTModel, batch: MicroBatch) -> torch.Tensor | None:
@@ -260,8 +266,8 @@ class PairCommunicator(Communicator):
         return received_prev, received_next, requests
 
     def _pack(self, student_SBH: torch.Tensor) -> torch.Tensor:
-        teacher_SBH = getattr(student_SBH, TEACHER_HIDDEN)
-        delattr(student_SBH, TEACHER_HIDDEN)  # the student's tensor lives until its backward; this must not
+        teacher_SBH = _take_teacher_hidden(student_SBH)
+        assert teacher_SBH is not None
         return torch.cat([student_SBH.detach(), teacher_SBH], dim=-1)
 
     def _unpack(self, received_SBH: torch.Tensor) -> torch.Tensor:

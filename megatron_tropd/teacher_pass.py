@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -231,11 +232,16 @@ class Delivery:
 
 
 def deliveries(counts: Sequence[Sequence[Sequence[int]]], places: Places) -> Iterator[Delivery]:
-    """All of one batch, in the same order on every rank. ``counts``: N by student replica, micro-batch and part."""
+    """All of one batch, in the same order on every rank. ``counts``: N by student replica, micro-batch and part.
+
+    The teacher's replicas take turns: what a rank has yet to send shrinks as what it has been sent grows.
+    """
     jobs = [(replica, index) for replica, inputs in enumerate(counts) for index in range(len(inputs))]
     num_replicas = 1 + max(replica for replica, _ in places.sources)
-    for teacher_replica, share in enumerate(_split(len(jobs), num_replicas)):
-        for job in share:
+    for turn in zip_longest(*_split(len(jobs), num_replicas)):
+        for teacher_replica, job in enumerate(turn):
+            if job is None:
+                continue
             replica, index = jobs[job]
             for part, num_positions in enumerate(counts[replica][index]):
                 sources = places.sources[teacher_replica, part]

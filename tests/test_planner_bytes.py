@@ -14,6 +14,10 @@ TOLERANCE = 0.1
 _RESIDENT = ("student_weights", "teacher_weights", "gradients", "optimizer")
 DYNAMIC = DynamicEngineConfig(block_size_tokens=8)
 BATCH, PROMPT, RESPONSE = 4, 12, 20
+HEAD_CHUNK = 16
+AHEAD = {"teacher_schedule": "ahead"}
+MANY = {"micro_batch_size": 1}
+"""So that a micro-batch is little beside a whole pass."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}, {}, {}),
     "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, {}),
@@ -22,6 +26,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "dp2": (2, {}, {}, {}),
     "dp2 fp32": (2, {}, {"precision": "fp32"}, {}),
     "dp2 recompute": (2, {}, {"recompute": True}, {}),
+    "tp2 logits": (2, {"tensor_model_parallel_size": 2}, {"output_head": "logits"}, {}),
+    "pp2 logits": (2, {"pipeline_model_parallel_size": 2}, {"output_head": "logits"}, {}),
+    "dp2 ahead": (2, AHEAD, MANY, {}),
+    "tp2 ahead": (2, {"tensor_model_parallel_size": 2, "teacher_tensor_model_parallel_size": 1, **AHEAD}, MANY, {}),
+    "pp2 ahead": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "teacher_tensor_model_parallel_size": 1,
+            "teacher_pipeline_model_parallel_size": 1,
+            **AHEAD,
+        },
+        MANY,
+        {},
+    ),
     "tp2 lora": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, {"rank": 8}),
     "cp2 lora": (2, {"context_parallel_size": 2}, {}, {"rank": 8}),
     "pp2 lora": (
@@ -49,7 +68,13 @@ def _config(parallel: dict[str, Any], training: dict[str, Any], lora: dict[str, 
         parallel=ParallelConfig(**parallel),
         lora=LoraConfig(**lora),
         training=TrainingConfig(
-            **{"micro_batch_size": BATCH, "global_batch_size": 2 * BATCH, "precision": "bf16"} | training
+            **{
+                "micro_batch_size": BATCH,
+                "global_batch_size": 2 * BATCH,
+                "precision": "bf16",
+                "head_chunk_size": HEAD_CHUNK,
+            }
+            | training
         ),
     )
 
@@ -58,6 +83,7 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any], lora: dict[str,
     """Bytes of each component on this rank, and the pipeline stage it belongs to."""
     import torch
 
+    from megatron_tropd.config_checks import teacher_sizes
     from tests import measured_bytes, tiny
 
     config = _config(parallel, training, lora)
@@ -74,6 +100,9 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any], lora: dict[str,
         teacher=config.teacher,
         dtype=dtype,
         lora=config.lora if config.lora.rank else None,
+        ahead=teacher_sizes(config) if config.parallel.teacher_schedule == "ahead" else None,
+        output_head=config.training.output_head,
+        head_chunk_size=config.training.head_chunk_size,
     )
     found = measured_bytes.resident_bytes(learner)
     parts = config.parallel.context_parallel_size  # which generate each a share of the rows, with the static engine
@@ -85,19 +114,38 @@ def _measure(parallel: dict[str, Any], training: dict[str, Any], lora: dict[str,
         learner.stage.module.config.recompute_granularity = "full"
         learner.stage.module.config.recompute_method = "uniform"
         learner.stage.module.config.recompute_num_layers = 1
-    found["activations"] = _saved_in_a_step(
-        learner, config.training.global_batch_size // config.training.micro_batch_size
-    )
+    rows, size = config.training.global_batch_size, config.training.micro_batch_size
+    with (
+        measured_bytes.watch_teacher_hidden(config.teacher.hidden_size) as teacher_hidden,
+        measured_bytes.watch_head() as head,
+        measured_bytes.watch_logits() as logits,
+    ):
+        found["activations"] = _saved_in_a_step(learner, rows // size, size)
+    found |= {"teacher_hidden": teacher_hidden.peak, "head": head.peak, "logits": logits.peak}
+    if learner.ahead is not None:
+        found |= measured_bytes.ahead_bytes(learner, _longest_batch(learner, rows // size, size))
+        found["teacher_hidden"] = found.pop("waiting")
     return found | {"stage": layout.pipeline_rank}
 
 
-def _saved_in_a_step(learner: Any, num_micro_batches: int) -> int:
+def _saved_in_a_step(learner: Any, num_micro_batches: int, size: int = BATCH) -> int:
     """The most that autograd holds at once during Megatron's schedule, all sequences at their longest."""
+    from megatron_tropd.step import forward_backward
+    from tests import measured_bytes
+
+    batch = _longest_batch(learner, num_micro_batches, size)
+    saved = measured_bytes.SavedBytes(*learner.pair.parameters())
+    with saved.watch():
+        forward_backward(learner, batch)
+    return saved.peak
+
+
+def _longest_batch(learner: Any, num_micro_batches: int, size: int) -> Any:
+    """That many over all data-parallel ranks, of ``size`` sequences each."""
     import numpy as np
 
-    from megatron_tropd.step import forward_backward
     from megatron_tropd.types import TokenRegion
-    from tests import measured_bytes, tiny
+    from tests import tiny
 
     length = PROMPT + RESPONSE
     regions = np.repeat([TokenRegion.NONE, TokenRegion.ON_POLICY], [PROMPT, RESPONSE]).astype(np.int64)
@@ -107,15 +155,11 @@ def _saved_in_a_step(learner: Any, num_micro_batches: int) -> int:
         "regions": regions,
         "uniforms": np.full(length, 0.5, dtype=np.float32),
     }
-    batch = tiny.batch_for_rank(
+    return tiny.batch_for_rank(
         learner.layout,
-        [row] * BATCH * num_micro_batches,
+        [row] * size * num_micro_batches,
         num_micro_batches=num_micro_batches // learner.layout.data_parallel_size,
     )
-    saved = measured_bytes.SavedBytes(*learner.pair.parameters())
-    with saved.watch():
-        forward_backward(learner, batch)
-    return saved.peak
 
 
 def _measure_all(layouts: list[tuple[dict[str, Any], ...]]) -> list[dict[str, int]]:
@@ -132,7 +176,7 @@ def measured() -> dict[str, list[dict[str, int]]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, int]]]) -> None:
     from megatron_tropd.planner import rank_memory
-    from megatron_tropd.planner.activations import layer_activations, norm_activations
+    from megatron_tropd.planner.activations import layer_activations, layer_transient, norm_activations
 
     world_size, *sections = LAYOUTS[name]
     config = _config(*sections)
@@ -151,8 +195,27 @@ def test_bytes_of_every_component(name: str, measured: dict[str, list[dict[str, 
             norm = norm_activations(config.student, hidden, 2, "local")
             expected["activations"] -= tokens * (norm - 2 * hidden + 16)
         blocks_of = () if config.parallel.context_parallel_size > 1 else ("kv_cache of blocks",)
+        # Of data-parallel ranks the fullest counts: the last one's shard of the optimizer ends in padding.
+        fullest = {component: max(rank[component] for rank in ranks) for component in ranks[0]}
         for component in (*_RESIDENT, "kv_cache", *blocks_of, "activations"):
-            # Of data-parallel ranks the fullest counts: the last one's shard of the optimizer ends in padding.
-            found = max(rank[component] for rank in ranks)
+            found = fullest[component]
             assert found > 0 or (component == "teacher_weights" and config.lora.base_is_teacher), component
             assert expected[component] == pytest.approx(found, rel=TOLERANCE), f"{component} of stage {stage}"
+        is_last = stage == config.parallel.pipeline_model_parallel_size - 1
+        is_ahead, has_logits = config.parallel.teacher_schedule == "ahead", config.training.output_head == "logits"
+        has_head = is_last and not has_logits and config.parallel.context_parallel_size == 1  # see docs/scaling.md
+        for component, is_there in {
+            "teacher_hidden": is_last or not is_ahead,
+            "head": has_head,
+            "logits": is_last and has_logits,
+        }.items():
+            if component != "head" or has_head:
+                assert (fullest[component] > 0) == is_there, f"{component} of stage {stage}"
+                assert expected[component] == pytest.approx(fullest[component], rel=TOLERANCE / 5), component
+        if is_ahead:
+            transient = layer_transient(config.teacher, 1, PROMPT + RESPONSE, 2)
+            assert predicted.teacher_pass - transient == fullest["pass"]
+            # What is delivered is let go of: one micro-batch alone is there twice.
+            rows = RESPONSE * config.teacher.hidden_size * 2
+            for rank in ranks:
+                assert 0 < rank["peak"] <= max(rank["pass"], rank["teacher_hidden"]) + rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,56 @@ LAYOUTS = {
 }  # fmt: skip
 """World size -> tensor and pipeline parallel sizes, whether sequence parallel, the sizes of a teacher that judges
 ahead, and whether activations are computed again; the rest is data parallel."""
+UNEVEN = {
+    1: ["tp1 pp1 deep"],
+    2: ["tp1 pp2 deep", "tp1 pp2 deep ahead-1-2"],
+    4: ["tp1 pp4 deep", "tp2 pp2 deep sequence", "tp1 pp4 deep ahead-1-4", "tp1 pp4 deep ahead-2-2"],
+}
+"""Deep models in stages of unlike length, as ``STAGES`` says; beside them on one rank."""
+SHARDED = {
+    2: ["tp1 pp1 sharded", "tp1 pp1 sharded overlap"],
+    4: ["tp1 pp1 sharded", "tp1 pp2 sharded", "tp2 pp1 sharded", "tp1 pp1 sharded overlap", "tp1 pp2 sharded overlap"],
+}
+"""With Megatron's DistributedOptimizer; ``overlap``: gradients are reduced behind the backward."""
+STUDENT_LAYERS, TEACHER_LAYERS = 6, 7
+STAGES: dict[int, tuple[tuple[int | None, int | None], tuple[int | None, int | None]]] = {
+    1: ((None, None), (None, None)),
+    2: ((4, None), (None, 4)),
+    4: ((1, 1), (2, 1)),
+}
+"""Pipeline size -> (layers of the first stage, of the last) of the student, and of the teacher."""
 MICRO_BATCHES = (1, 2, 4)
 MODES = {1: ("logits", "fused", "fused-recompute"), 2: ("fused", "fused-recompute"), 4: ("fused",), 8: ("fused",)}
 """World size -> how the last stage gets from hidden states to losses. Chunks of 3 tokens divide no micro-batch's."""
+
+
+def _cases(world_size: int) -> list[tuple[str, int, str]]:
+    """(layout, micro-batches, mode)."""
+    cases = list(itertools.product(LAYOUTS[world_size], MICRO_BATCHES, MODES[world_size]))
+    cases += [(layout, 4 if world_size > 1 else 1, "fused") for layout in UNEVEN.get(world_size, ())]
+    return cases + [(layout, 2, "fused") for layout in SHARDED.get(world_size, ())]
+
+
+def _models(layout: str) -> dict[str, Any]:
+    """The arguments of `tiny.build_learner` that say which models."""
+    from tests import tiny
+
+    if "deep" not in layout:
+        return {}
+    _, teacher_pp = _teacher_sizes(layout) or (1, int(layout.split()[1][2:]))
+    found = {}
+    for name, model, num_layers, pp in (
+        ("student", tiny.STUDENT, STUDENT_LAYERS, int(layout.split()[1][2:])),
+        ("teacher", tiny.TEACHER, TEACHER_LAYERS, teacher_pp),
+    ):
+        first, last = STAGES[pp][name == "teacher"]
+        found[name] = dataclasses.replace(
+            model,
+            num_layers=num_layers,
+            num_layers_in_first_pipeline_stage=first,
+            num_layers_in_last_pipeline_stage=last,
+        )
+    return found
 
 
 def _sizes(layout: str) -> dict[str, int | bool]:
@@ -46,20 +94,28 @@ def _write_gradients(folder: str, world_size: int) -> None:
     from megatron_tropd.step import forward_backward
     from tests import tiny
 
-    for name in LAYOUTS[world_size]:
+    for name, cases in itertools.groupby(_cases(world_size), key=lambda case: case[0]):
         layout = tiny.start(**_sizes(name))
         # Without the distributed optimizer every replica keeps the whole reduced gradient, which is what is compared.
         learner = tiny.build_learner(
             layout,
-            optimizer=OptimizerConfig(use_distributed_optimizer=False),
+            optimizer=OptimizerConfig(use_distributed_optimizer="sharded" in name),
             ahead=_teacher_sizes(name),
             offload=name.startswith("tp1 pp1"),
             recompute=name.endswith("recompute"),
+            overlap=name.endswith("overlap"),
+            **_models(name),
         )
-        for num_micro_batches, mode in itertools.product(MICRO_BATCHES, MODES[world_size]):
+        for _, num_micro_batches, mode in cases:
             learner.stage.output_head = mode
             batch = tiny.batch_for_rank(layout, tiny.sequences(), num_micro_batches=num_micro_batches)
+            if name.endswith("overlap"):
+                forward_backward(learner, batch)  # Megatron overlaps once a first batch has told the gradients' order
             sums, _ = forward_backward(learner, batch)
+            if name.endswith("overlap"):
+                assert not any(group.is_first_batch for group in learner.chunks[0].bucket_groups)
+            if "sharded" in name:
+                tiny.gather_gradient_shards(learner)
             gradients = tiny.whole_gradients(learner)
             if layout.tensor_parallel_rank == 0:
                 ranks = f"{layout.data_parallel_rank}-{layout.pipeline_rank}"
@@ -75,16 +131,17 @@ def gradient_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    gradients, sums = torch.load(folder / "1" / "tp1 pp1-1-logits-0-0.pt")
+def _reference(folder: Path, *, deep: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    name = "tp1 pp1 deep-1-fused" if deep else "tp1 pp1-1-logits"
+    gradients, sums = torch.load(folder / "1" / f"{name}-0-0.pt")
     return gradients, sums
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_gradients_are_the_same_for_every_layout_and_micro_batch_split(gradient_folder: Path, world_size: int) -> None:
-    reference, reference_sums = _reference(gradient_folder)
-    norm = torch.cat([g.flatten() for g in reference.values()]).norm()
-    for layout, num_micro_batches, mode in itertools.product(LAYOUTS[world_size], MICRO_BATCHES, MODES[world_size]):
+    for layout, num_micro_batches, mode in _cases(world_size):
+        reference, reference_sums = _reference(gradient_folder, deep="deep" in layout)
+        norm = torch.cat([g.flatten() for g in reference.values()]).norm()
         sizes = _sizes(layout)
         for dp_rank in range(world_size // (sizes["tp"] * sizes["pp"])):
             prefix = f"{layout}-{num_micro_batches}-{mode}-{dp_rank}"
@@ -97,6 +154,26 @@ def test_gradients_are_the_same_for_every_layout_and_micro_batch_split(gradient_
                     error = (gradient - reference[name]).norm() / norm
                     assert error < 1e-5, f"{layout}, {num_micro_batches} micro-batches, {mode}: {name} {error}"
                 assert sums == pytest.approx(reference_sums, rel=1e-4, abs=1e-4)
+
+
+def test_stages_of_unlike_length_hold_the_layers_they_should(gradient_folder: Path) -> None:
+    wanted = {("2", "tp1 pp2 deep"): [4, 2], ("4", "tp1 pp4 deep ahead-2-2"): [1, 2, 2, 1]}
+    for (world_size, layout), counts in wanted.items():
+        files = (gradient_folder / world_size / f"{layout}-4-fused-0-{stage}.pt" for stage in range(len(counts)))
+        layers = [{name.split(".")[2] for name in torch.load(file)[0] if ".layers." in name} for file in files]
+        assert [len(found) for found in layers] == counts
+
+
+@pytest.mark.parametrize("world_size", SHARDED)
+def test_reducing_gradients_behind_the_backward_changes_no_bit(gradient_folder: Path, world_size: int) -> None:
+    compared = 0
+    for path in (gradient_folder / str(world_size)).glob("* overlap-*.pt"):
+        gradients, sums = torch.load(path)
+        wanted, wanted_sums = torch.load(path.with_name(path.name.replace(" overlap", "")))
+        assert sums == wanted_sums and gradients.keys() == wanted.keys()
+        assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients.items())
+        compared += 1
+    assert compared == {2: 2, 4: 8}[world_size]
 
 
 def test_the_reference_gradient_is_not_trivial(gradient_folder: Path) -> None:

@@ -98,9 +98,11 @@ def build_learner(
     offload: bool = False,
     recompute: bool = False,
     lora: LoraConfig | None = None,
+    overlap: bool = False,
 ) -> Learner:
     """A learner on the tiny pair with deterministic weights; ``ahead``: the teacher's own tensor and pipeline size,
-    of several by name where there are ``teacher_seeds``; ``lora``: adapters, whose B is not 0."""
+    of several by name where there are ``teacher_seeds``; ``lora``: adapters, whose B is not 0; ``overlap``: of the
+    reduction of gradients with the backward."""
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     sizes = {"vocab_size": VOCAB_SIZE, "max_sequence_length": 64, "dtype": dtype}
     base_is_teacher = lora is not None and lora.base_is_teacher
@@ -122,7 +124,7 @@ def build_learner(
         teacher_ahead = TeachersAhead(
             {name: _teacher_ahead(teacher, layout, ahead, offload, sizes, seed) for name, seed in seeds.items()}
         )
-    chunks = wrap_data_parallel(stages, optimizer, layout, overlap=False)
+    chunks = wrap_data_parallel(stages, optimizer, layout, overlap=overlap)
     megatron_optimizer = build_optimizer(chunks, optimizer, layout, dtype=dtype)
     return Learner(
         chunks=chunks,
@@ -248,6 +250,20 @@ def _micro_batch(rows: list[dict[str, np.ndarray]], multiple: int) -> MicroBatch
         num_tokens=int((~padding).sum()),
         num_loss_terms=int((regions > 0).sum()),
     )
+
+
+def gather_gradient_shards(learner: Learner) -> None:
+    """After a schedule with the distributed optimizer: each rank's reduced shard, the only part that is read of what it
+    has, into the buffers of all its data-parallel ranks."""
+    for chunk in learner.chunks:
+        for group in chunk.bucket_groups:
+            replicas, rank = (
+                group.intra_distributed_optimizer_instance_group,
+                group.intra_distributed_optimizer_instance_rank,
+            )
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(replicas.size())[rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=replicas)
 
 
 def whole_gradients(learner: Learner) -> dict[str, torch.Tensor]:
