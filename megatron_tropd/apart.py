@@ -131,8 +131,10 @@ class JudgeApart:
 
     def judge(self, everyone: Sequence[Sequence[TeacherInput]]) -> Counts:
         """One pass over a batch, by student replica and micro-batch. Every rank of this side calls it."""
-        self._found = self._pass.judge(everyone)
         self._counts = [[[one.positions_N.shape[0]] for one in inputs] for inputs in everyone]
+        # Tensor-parallel ranks have the same rows: each keeps what it sends.
+        sent = {one.job for one in deliveries(self._counts, self._places) if one.source == self._link.rank}
+        self._found = {job: rows_NH for job, rows_NH in self._pass.judge(everyone).items() if job in sent}
         return self._counts
 
     def send(self) -> None:

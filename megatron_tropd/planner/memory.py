@@ -267,7 +267,7 @@ class _Rank:
 
     def _teacher_bytes(self, e: int) -> tuple[int, int, int, int]:
         """(weights, waiting hidden states, pass ahead, transient tensors beside the student's)."""
-        teacher, parallel, training = self.config.teacher, self.config.parallel, self.config.training
+        teacher, parallel = self.config.teacher, self.config.parallel
         if teacher is None:
             return 0, 0, 0, 0
         sizes = self.teacher
@@ -278,28 +278,50 @@ class _Rank:
         count = 1 + len(self.config.teachers)
         transient = layer_transient(teacher, sizes.tensor, tokens, e)
         if parallel.teacher_schedule == "shared":
-            return weights, tokens * teacher.hidden_size * e * (2 if sizes.pipeline > 1 else 1), 0, transient
-        hidden = training.global_batch_size * self.config.rollout.max_response_length * teacher.hidden_size * e
-        last = self.teacher_stage == sizes.pipeline - 1
-        teacher_pass = transient + (hidden // sizes.replicas if last else 0)
-        table = padded_vocabulary(teacher, self.student.tensor) // self.student.tensor * teacher.hidden_size * e
+            return weights, self._teacher_hidden(tokens * teacher.hidden_size * e), 0, transient
+        row = teacher.hidden_size * e
+        own_pass = transient + self._passed(row)
+        table = padded_vocabulary(teacher, self.student.tensor) // self.student.tensor * row
         head = table if self.is_last and sizes != self.student else 0
         if parallel.offload_teacher:
-            return head * count, self._waiting(hidden), teacher_pass + weights, 0
-        return (weights + head) * count, self._waiting(hidden), teacher_pass, 0
+            return head * count, self._waiting(row), own_pass + weights, 0
+        return (weights + head) * count, self._waiting(row), own_pass, 0
 
-    def _waiting(self, hidden: int, *, place: str = "device") -> int:
+    def _teacher_hidden(self, whole: int) -> int:
+        """shared: of a micro-batch's ``whole`` hidden states, what is on its way between stages, or at the output
+        layer."""
+        pipeline, parallel = self.teacher.pipeline, self.config.parallel
+        if pipeline == 1:
+            return whole
+        on_its_way = (2 if parallel.virtual_pipeline_model_parallel_size == 1 else 3) * whole
+        if parallel.sequence_parallel:
+            on_its_way //= self.teacher.tensor
+        return max(whole, on_its_way) if self.is_last else on_its_way
+
+    def _passed(self, row: int) -> int:
+        """ahead: hidden states, of ``row`` bytes each, at the end of a pass: the larger of those this rank has judged
+        and those that wait on it, and one micro-batch's that are being handed over."""
+        sizes, size = self.teacher, micro_batch_rows(self.config)
+        per_replica = math.ceil(self.config.training.global_batch_size / (size * self.student.data))
+        judged = 0
+        one = size * _response_part(self.config, sizes) * row
+        if self.teacher_stage == sizes.pipeline - 1:
+            judged = math.ceil(per_replica * self.student.data / sizes.data) * one
+        waiting = self._waiting(row)
+        return max(judged, waiting) + (one if judged or waiting else 0)
+
+    def _waiting(self, row: int, *, place: str = "device") -> int:
         if not self.is_last or self.config.parallel.teacher_hidden != place:
             return 0
-        return hidden // (self.student.replicas * self.student.tensor)
+        sequences = math.ceil(self.config.training.global_batch_size / self.student.data)
+        return sequences * _response_part(self.config, self.student) * row // self.student.tensor
 
     def _on_host(self, e: int) -> int:
         """Of the teacher's weights and hidden states."""
         teacher, parallel, sizes = self.config.teacher, self.config.parallel, self.teacher
         if teacher is None or parallel.teacher_schedule == "shared":
             return 0
-        rows = self.config.training.global_batch_size * self.config.rollout.max_response_length
-        waiting = self._waiting(rows * teacher.hidden_size * e, place="host")
+        waiting = self._waiting(teacher.hidden_size * e, place="host")
         if not parallel.offload_teacher or self.config.lora.base_is_teacher:
             return waiting
         counts = stage_parameters(teacher, sizes.tensor, sizes.pipeline, sizes.experts)
@@ -335,10 +357,22 @@ def _part(length: int, sizes: Sizes) -> int:
     return length if sizes.context == 1 else 2 * math.ceil(length / (2 * sizes.context))
 
 
+def _response_part(config: Config, sizes: Sizes) -> int:
+    """Response positions of a sequence on the context-parallel rank that has most: its two chunks lie as far from the
+    front as from the back."""
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    if sizes.context == 1:
+        return response
+    num_chunks = 2 * sizes.context
+    chunk = math.ceil((prompt + response) / num_chunks)
+    of_chunk = [max(0, min(chunk, (index + 1) * chunk - prompt)) for index in range(num_chunks)]
+    return max(of_chunk[rank] + of_chunk[num_chunks - 1 - rank] for rank in range(sizes.context))
+
+
 def _head_bytes(config: Config, sizes: Sizes, element: int) -> tuple[int, int]:
     """(fused heads, whole logits) of the last stage, one of which is 0."""
     student, teacher, training = config.student, config.teacher, config.training
-    tensor, tokens = sizes.tensor, micro_batch_rows(config) * _part(config.rollout.max_response_length, sizes)
+    tensor, tokens = sizes.tensor, micro_batch_rows(config) * _response_part(config, sizes)
     shard = padded_vocabulary(student, tensor) // tensor
     teacher_shard = padded_vocabulary(teacher, tensor) // tensor if teacher is not None else 0
     teacher_hidden = teacher.hidden_size if teacher is not None else 0
