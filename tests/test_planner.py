@@ -475,6 +475,12 @@ def test_the_tool_plans_two_sides_beside_one(tmp_path: Path, capsys: pytest.Capt
     planned = load_config(written)
     assert planned.training.one_step_off and planned.student.load == "checkpoints/qwen3-1.7b"
     assert problems(planned, 4, "train") == []
+    assert main(["--config", str(written), "--gpus", "1"]) == 1
+    assert "no layout fits on 1 H100" in capsys.readouterr().out
+    adapted = tmp_path / "adapted.yaml"
+    adapted.write_text(written.read_text() + "lora: {rank: 8}\n")
+    assert main(["--config", str(adapted), "--gpus", "4"]) == 2
+    assert "lora.rank is not offered with training.one_step_off" in capsys.readouterr().err
     assert main(["--config", str(written), "--gpus", "4"]) == 0
     alone = capsys.readouterr().out
     assert "one step off" in alone and "shared" not in alone

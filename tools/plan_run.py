@@ -134,16 +134,18 @@ def _not_priced(config: Config) -> list[str]:
 
 
 def _refuse_in_any_layout(config: Config) -> None:
-    """Raise ConfigError for what is wrong with the run itself: on one rank, with a micro-batch of one."""
+    """Raise ConfigError for what is wrong with the run itself: with a micro-batch of one on one rank, or on one of each
+    side."""
+    two_sided = config.training.one_step_off
     simplest = replace(
         config,
         student=one_stage(config.student),
         teacher=one_stage(config.teacher) if config.teacher is not None else None,
-        parallel=ParallelConfig(teacher_schedule="ahead"),
-        rollout=replace(config.rollout, tensor_model_parallel_size=None),
-        training=replace(config.training, one_step_off=False, micro_batch_size=1),
+        parallel=ParallelConfig(teacher_schedule="ahead", generator_ranks=1 if two_sided else None),
+        rollout=replace(config.rollout, tensor_model_parallel_size=1 if two_sided else None),
+        training=replace(config.training, micro_batch_size=1),
     )
-    if found := problems(simplest, 1, "train"):
+    if found := problems(simplest, 2 if two_sided else 1, "train"):
         raise ConfigError("this run cannot start in any layout:\n" + "\n".join(f"  - {problem}" for problem in found))
 
 
