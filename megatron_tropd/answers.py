@@ -85,11 +85,14 @@ class AnswerStore:
         path = Path(path)
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
-            raise DataError(f"{path}: no teacher answers: the folder has no .jsonl files")
+            raise UnfinishedStoreError(f"{path}: no teacher answers: the folder has no .jsonl files; run `generate`")
         headers, shards = [], []
         for file in files:
             mapped = _map_file(file)
-            headers.append(_parse_header(parse_object(mapped.readline(), f"{file}:1"), f"{file}:1"))
+            first = mapped.readline()
+            if not first.endswith(b"\n"):
+                raise UnfinishedStoreError(f"{file}:1: the header is cut off; run `generate` again")
+            headers.append(_parse_header(parse_object(first, f"{file}:1"), f"{file}:1"))
             if headers[-1].tokenizer != tokenizer_fingerprint:
                 raise DataError(
                     f"{file}: the answers are ids of another tokenizer ({headers[-1].tokenizer[:12]}..., this run has "
@@ -252,7 +255,7 @@ def _map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
-                raise DataError(f"{path}: no teacher answers: the file is empty; run `generate`")
+                raise UnfinishedStoreError(f"{path}: no teacher answers: the file is empty; run `generate`")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
@@ -266,11 +269,12 @@ def _make_index(path: Path, mapped: mmap.mmap, vocab_size: int) -> AnswerIndex:
     for number, line in enumerate(iter(mapped.readline, b""), start=2):
         where = f"{path}:{number}"
         try:
-            identifier, answer = _parse_answer(parse_object(line, where), where, vocab_size)
+            values = parse_object(line, where)
         except DataError as error:
             if line.endswith(b"\n"):
                 raise
             raise UnfinishedStoreError(f"{error}: the last line is cut off; run `generate` again") from error
+        identifier, answer = _parse_answer(values, where, vocab_size)
         builder.add(line, identifier, answer.prompt_digest, answer.tokens)
     with told_if_not_kept(path):
         return builder.save(path)

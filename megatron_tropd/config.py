@@ -206,9 +206,9 @@ class TrainingConfig:
     seed: int = 1234
     """Keys initialisation, data order, sampling and the trust gate."""
     steps_per_rollout: int = 1
-    """Optimizer steps on one rollout: the engine generates for this many global batches at once, with the same weights,
-    and each step learns from one of them. Above 1 the later ones are off-policy, and terms on the sampled token take
-    PPO's clipped ratio (objective_options.clip_ratio_low, _high). Saves and ends happen between rollouts."""
+    """Optimizer steps on one rollout: the engine generates for this many global batches, one after another with the
+    same weights, and each step learns from one of them. Above 1 the later ones are off-policy, and terms on the sampled
+    token take PPO's clipped ratio (objective_options.clip_ratio_low, _high). Saves and ends happen between rollouts."""
     one_step_off: bool = False
     """Generate and judge the next step's rollouts while this step trains, on ranks of their own
     (parallel.generator_ranks): they are then of the weights of one step before, never older, and terms on the sampled

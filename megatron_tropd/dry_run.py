@@ -1,6 +1,7 @@
 """`--dry-run` of `train` and `generate`: what would stop a run, all of it at once, and the plan of one that can start.
 
-Nothing is started or written: no process group, no rank, no folder.
+Nothing is started: no process group, no rank, no folder. Nothing is written but the index of a store of answers that
+has none, which the run would write too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_tropd.answers import AnswerStore, UnfinishedStoreError
 from megatron_tropd.checkpoint import Description, check_same, latest_checkpoint, read_description, resolve
 from megatron_tropd.config import Config, ModelConfig, architecture, resolved_schedule
 from megatron_tropd.config_checks import problems, teacher_sizes
+from megatron_tropd.config_layout_checks import expert_sizes, teacher_expert_sizes
 from megatron_tropd.config_sides import num_generators
 from megatron_tropd.exports import export_reference, exports
 from megatron_tropd.generate import answer_header
@@ -98,9 +100,15 @@ def _implied_world_size(config: Config, command: str) -> int:
     student = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if generators:
         return max(1, student) + generators
-    # Whole replicas of the student, of a teacher in a layout of its own, and of an inference copy.
+    # Whole replicas of the student, of a teacher in a layout of its own, of either's experts, and of an inference copy.
     context, copy = parallel.context_parallel_size, config.rollout.tensor_model_parallel_size or 1
-    return max(1, math.lcm(student * context, math.prod(teacher_sizes(config)) * context, copy))
+    tensor, pipeline = teacher_sizes(config)
+    experts = (
+        parallel.pipeline_model_parallel_size
+        * math.prod(expert_sizes(config, "train", parallel.tensor_model_parallel_size)),
+        pipeline * math.prod(teacher_expert_sizes(config, "train", tensor)),
+    )
+    return max(1, math.lcm(student * context, tensor * pipeline * context, copy, *experts))
 
 
 def check(config: Config, world_size: int) -> Findings:

@@ -142,9 +142,9 @@ def _one_problem_each(folder: Path) -> None:
     (folder / "hf" / "model.safetensors").write_bytes(b"not tensors")
     status, text = _run(path, "--dry-run")
     assert status == 1 and "model.safetensors" in text
-    (folder / "answers.jsonl").write_text("")
+    (folder / "answers.jsonl").write_text("{}\n")
     status, text = _run(path, "--dry-run")
-    assert status == 1 and "2 problems" in text and "the file is empty" in text
+    assert status == 1 and "2 problems" in text and "not a store of teacher answers" in text
 
 
 def _plan_and_problems_of_generate(folder: Path) -> None:
@@ -190,9 +190,11 @@ def _a_store_that_generate_has_begun(folder: Path) -> None:
     prompts, _ = read_prompts(folder / "prompts.jsonl", tokenizer, 16, "refuse")
     header = answer_header(config, tokenizer)
     states = {store.read_bytes(): "nothing follows the header" for _ in [AnswerWriter(store, header).close()]}
+    states |= {b"": "the file is empty", store.read_bytes()[:-9]: "the header is cut off"}
     with AnswerWriter(store, header) as writer:
         writer.write(prompts[0], (3, 4, 1), True)
-    states[store.read_bytes()] = "no teacher answer for prompt '2'"
+    whole = store.read_bytes()
+    states[whole] = "no teacher answer for prompt '2'"
     states[store.read_bytes()[:-9]] = "the last line is cut off"
     for content, found in states.items():
         store.write_bytes(content)
@@ -201,6 +203,11 @@ def _a_store_that_generate_has_begun(folder: Path) -> None:
         status, text = _run(path, "--dry-run", command="generate")
         assert status == 0 and f"guidance.answers {store} is there: what it lacks is added" in text, text
         assert store.read_bytes() == content
+    assert b"[3, 4, 1]" in whole
+    store.write_bytes(whole.replace(b"[3, 4, 1]", b"[3, 999, 1]").rstrip())
+    status, text = _run(path, "--dry-run")
+    assert status == 1 and "999" in text and "cut off" not in text, "whole, but of another vocabulary"
+    store.write_bytes(whole)
     other = _write(folder, rollout={"temperature": 0.5})
     status, text = _run(other, "--dry-run", command="generate")
     assert status == 1 and "the file exists with another header" in text

@@ -219,16 +219,13 @@ def test_what_cuts_a_generation_short_is_priced() -> None:
     first = made({"over_sampling": 4 / 3})
     assert first.longest == pytest.approx(0.75 * 3072, rel=1e-2)
     assert first.tokens == pytest.approx(0.75 * (0.375 * 3072) + 0.25 * (0.75 * 3072), rel=1e-2)
-    shared = made({}, steps_per_rollout=4)
-    assert (shared.sequences, shared.steps) == (2048, 4)
+    assert made({}, steps_per_rollout=4) == made({}), "one generation after another"
     assert generation(replace(run, objective="seq-kd"), assumed) is None
 
     def seconds(**rollout: object) -> float:
         return step_time(replace(run, rollout=replace(run.rollout, **rollout)), 8, GPUS["H100"], assumed).rollout
 
     assert seconds(partial_tokens=1024) < seconds(over_sampling=1.25) < seconds()
-    four = replace(run, training=replace(run.training, steps_per_rollout=4))
-    assert step_time(four, 8, GPUS["H100"], assumed).rollout < seconds()
     assert step_time(replace(run, objective="seq-kd"), 8, GPUS["H100"], assumed).rollout == 0
 
 
@@ -463,7 +460,8 @@ def test_the_tool_plans_two_sides_beside_one(tmp_path: Path, capsys: pytest.Capt
     written = tmp_path / "run.yaml"
     arguments = ["--gpus", "4", "--top", "100"]
     models = ["--student", "qwen3-1.7b", "--teacher", "qwen3-4b", "--max-response-length", "512"]
-    assert main([*models, *arguments]) == 0
+    one_sided = tmp_path / "one_sided.yaml"
+    assert main([*models, *arguments, "--write", str(one_sided)]) == 0
     assert "one step off" not in capsys.readouterr().out
     assert main([*models, *arguments, "--one-step-off"]) == 0
     both = capsys.readouterr().out
@@ -478,9 +476,15 @@ def test_the_tool_plans_two_sides_beside_one(tmp_path: Path, capsys: pytest.Capt
     assert main(["--config", str(written), "--gpus", "1"]) == 1
     assert "no layout fits on 1 H100" in capsys.readouterr().out
     adapted = tmp_path / "adapted.yaml"
-    adapted.write_text(written.read_text() + "lora: {rank: 8}\n")
-    assert main(["--config", str(adapted), "--gpus", "4"]) == 2
-    assert "lora.rank is not offered with training.one_step_off" in capsys.readouterr().err
+    for config_text, option in ((written.read_text(), "--top=1"), (one_sided.read_text(), "--one-step-off")):
+        adapted.write_text(config_text + "lora: {rank: 8}\n")
+        assert main(["--config", str(adapted), "--gpus", "4", option]) == 2
+        assert "lora.rank is not offered with training.one_step_off" in capsys.readouterr().err
+    adapted.write_text(one_sided.read_text() + "monitoring: {profile: true, profile_ranks: [0, 3]}\n")
+    assert main(["--config", str(adapted), "--gpus", "2"]) == 2
+    assert "profile_ranks [3] are not among 2 ranks" in capsys.readouterr().err
+    assert main(["--config", str(adapted), "--gpus", "4", "--top=1"]) == 0
+    capsys.readouterr()
     assert main(["--config", str(written), "--gpus", "4"]) == 0
     alone = capsys.readouterr().out
     assert "one step off" in alone and "shared" not in alone

@@ -83,13 +83,18 @@ def main(arguments: list[str]) -> int:
         assumed = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
         config = _config(options)
         _refuse_in_any_layout(config)
+        two_sided = replace(config, training=replace(config.training, one_step_off=True))
+        if options.one_step_off:
+            _refuse_in_any_layout(two_sided)
+        missing = [rank for rank in config.monitoring.profile_ranks if rank >= options.gpus]
+        if config.monitoring.profile and missing:
+            raise ConfigError(f"monitoring.profile_ranks {missing} are not among {options.gpus} ranks: choose others")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     gpu = GPUS[options.gpu]
     found = plans(config, options.gpus, gpu, assumed)
     if options.one_step_off and not config.training.one_step_off:
-        two_sided = replace(config, training=replace(config.training, one_step_off=True))
         found = sorted([*found, *plans(two_sided, options.gpus, gpu, assumed)], key=order)[:MOST]
     if not found:
         print(
@@ -103,8 +108,8 @@ def main(arguments: list[str]) -> int:
     print(
         f"{len(found)}{' or more' * (len(found) == MOST)} layouts fit on {options.gpus} {gpu.name} of "
         f"{gpu.memory / 1e9:.0f} GB ({assumed.memory_reserve / 1e9:.0f} kept free): tensor x pipeline x data, with\n"
-        "sequence parallelism where tensor > 1. Predicted seconds, fastest first but for what is simpler and at most "
-        f"{WORTH:.0%} slower:\n\n" + _table(found[: options.top])
+        "sequence parallelism where tensor > 1. Predicted seconds, fastest first, but chunks, spread experts and a "
+        f"copy\ncount as {WORTH:.0%} more each:\n\n" + _table(found[: options.top])
     )
     if not 1 <= options.layout <= len(found):
         print(f"error: --layout {options.layout} is not one of the {len(found)} that fit", file=sys.stderr)
@@ -144,6 +149,7 @@ def _refuse_in_any_layout(config: Config) -> None:
         parallel=ParallelConfig(teacher_schedule="ahead", generator_ranks=1 if two_sided else None),
         rollout=replace(config.rollout, tensor_model_parallel_size=1 if two_sided else None),
         training=replace(config.training, micro_batch_size=1),
+        monitoring=replace(config.monitoring, profile=False),
     )
     if found := problems(simplest, 2 if two_sided else 1, "train"):
         raise ConfigError("this run cannot start in any layout:\n" + "\n".join(f"  - {problem}" for problem in found))

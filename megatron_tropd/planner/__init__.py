@@ -3,14 +3,13 @@ measured on the real trainer. docs/scaling.md explains them."""
 
 from megatron_tropd.planner.activations import LayerSpec, activation_bytes
 from megatron_tropd.planner.adapters import stage_adapter_parameters
-from megatron_tropd.planner.generation import GenerationMemory, generation_engine, generation_layout, generation_memory
+from megatron_tropd.planner.generation import generation_engine, generation_layout, generation_memory
 from megatron_tropd.planner.memory import RankMemory, element_bytes, micro_batch_rows, rank_memory, weight_bytes
 from megatron_tropd.planner.parameters import model_parameters, stage_layers, stage_parameters
-from megatron_tropd.planner.sides import generators_of, job_memory, job_time, trainers_of
+from megatron_tropd.planner.sides import job_memory, job_time
 from megatron_tropd.planner.sizes import Sizes, rollout_layout, student_layout, teacher_layout
 
 __all__ = [
-    "GenerationMemory",
     "LayerSpec",
     "RankMemory",
     "Sizes",
@@ -19,7 +18,6 @@ __all__ = [
     "generation_engine",
     "generation_layout",
     "generation_memory",
-    "generators_of",
     "job_memory",
     "job_time",
     "micro_batch_rows",
@@ -31,6 +29,5 @@ __all__ = [
     "stage_parameters",
     "student_layout",
     "teacher_layout",
-    "trainers_of",
     "weight_bytes",
 ]

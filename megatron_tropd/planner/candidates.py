@@ -73,8 +73,9 @@ def with_teachers(student: Config, world_size: int, gpu: Gpu) -> Iterator[Config
         return  # only the teacher's experts are spread: ahead it has a size of its own for that
     for tensor, pipeline in splits(teacher, gpu, world_size // parallel.context_parallel_size):
         shared_by = parallel.expert_tensor_parallel_size or tensor
+        ranks = min(gpu.per_node, world_size // pipeline)
         # Spread over a node or not at all.
-        for spread in (None,) if teacher.num_moe_experts is None else sorted({1, max(1, gpu.per_node // shared_by)}):
+        for spread in (None,) if teacher.num_moe_experts is None else sorted({1, max(1, ranks // shared_by)}):
             own = replace(
                 ahead,
                 teacher_tensor_model_parallel_size=tensor,

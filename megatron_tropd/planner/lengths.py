@@ -49,13 +49,12 @@ class Generation:
     """Mean positions before a decoded token."""
     rounds: float = 1.0
     """How often all of this is done before enough have ended."""
-    steps: int = 1
-    """Optimizer steps that share it."""
 
 
 def in_flight(config: Config) -> int:
-    """Sequences of one generation over all ranks."""
-    return config.rollout.num_in_flight(config.training.global_batch_size * config.training.steps_per_rollout)
+    """Sequences of one generation over all ranks. With ``steps_per_rollout`` each step has its own all the same, one
+    after another with the same weights."""
+    return config.rollout.num_in_flight(config.training.global_batch_size)
 
 
 def lengths(config: Config, assumed: Assumptions) -> Lengths:
@@ -76,7 +75,7 @@ def generation(config: Config, assumed: Assumptions) -> Generation | None:
         return None
     rollout, batch = config.rollout, config.training.global_batch_size
     prompt, budget = config.data.max_prompt_length * assumed.mean_length, rollout.max_response_length
-    spread, most, steps = _responses(config, assumed), rollout.partial_tokens, config.training.steps_per_rollout
+    spread, most = _responses(config, assumed), rollout.partial_tokens
     sequences = in_flight(config)
     context = prompt + _before(spread)
     if most is None:
@@ -85,7 +84,7 @@ def generation(config: Config, assumed: Assumptions) -> Generation | None:
             longest = spread[math.ceil(len(spread) / rollout.over_sampling) - 1]
             spread = [min(length, longest) for length in spread]
             context = prompt + _before(spread)
-        return Generation(sequences, prompt, fmean(spread), longest, context, steps=steps)
+        return Generation(sequences, prompt, fmean(spread), longest, context)
     piece, longest = _piece(spread, most), float(min(most, budget))
     rounds = 1
     if rollout.partial_learn_from == "finished":

@@ -282,7 +282,9 @@ class _Rank:
         row = teacher.hidden_size * e
         own_pass = transient + self._passed(row)
         table = padded_vocabulary(teacher, self.student.tensor) // self.student.tensor * row
-        head = table if self.is_last and sizes != self.student else 0
+        is_apart = sizes != self.student or sizes.experts != self.student.experts
+        is_apart = is_apart or parallel.virtual_pipeline_model_parallel_size > 1  # a teacher ahead has one chunk
+        head = table if self.is_last and is_apart else 0
         if parallel.offload_teacher:
             return head * count, self._waiting(row), own_pass + weights, 0
         return (weights + head) * count, self._waiting(row), own_pass, 0

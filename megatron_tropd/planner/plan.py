@@ -13,8 +13,8 @@ from megatron_tropd.planner.sizes import Sizes, student_layout, teacher_layout
 from megatron_tropd.planner.timing import StepTime
 
 WORTH = 0.03
-"""Share of a step that interleaved stages, spread experts, an inference copy and training one step off must each save
-to come before a layout without them: a prediction is not good enough for less."""
+"""Share of a step that interleaved stages, spread experts and an inference copy (which a job with two sides has) must
+each save to come before a layout without them: a prediction is not good enough for less."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def cost(config: Config, time: StepTime) -> float:
     extras = (
         parallel.virtual_pipeline_model_parallel_size > 1,
         max(parallel.expert_model_parallel_size, parallel.teacher_expert_model_parallel_size or 1) > 1,
-        config.rollout.tensor_model_parallel_size is not None,
-        config.training.one_step_off,
+        config.rollout.tensor_model_parallel_size is not None or config.training.one_step_off,
     )
     return time.total * (1 + WORTH * sum(extras))
 

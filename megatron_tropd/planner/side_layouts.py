@@ -22,6 +22,7 @@ from megatron_tropd.planner.sides import (
     generator_seconds,
     job_memory,
     job_time,
+    receiving_ranks,
     refit_seconds,
     trainer_memory,
     trainer_time,
@@ -159,7 +160,8 @@ class _SideSearch:
                 rows = self._evaluation_rows(sized, count)
                 if rows:
                     seconds = trainer_time(sized, count, self.gpu, self.assumed).total
-                    meeting = transfer_seconds(sized, count, self.world_size, self.gpu, self.assumed)
+                    ends = receiving_ranks(sized, count)
+                    meeting = transfer_seconds(sized, ends, self.world_size, self.gpu, self.assumed)
                     yield _Half(parallel, training, {}, rows, seconds, meeting)
                 if rows >= in_flight(config):
                     break

@@ -122,11 +122,13 @@ def job_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) ->
         return step_time(config, world_size, gpu, assumed)
     train = trainer_time(config, world_size - count, gpu, assumed)
     rollout, teacher = generator_seconds(config, count, gpu, assumed)
+    judges = teacher_layout(generators_of(config), count)
+    ends = min(receiving_ranks(config, world_size - count), judges.data * judges.tensor)
     return replace(
         train,
         rollout=rollout,
         teacher=teacher,
-        transfer=transfer_seconds(config, world_size - count, world_size, gpu, assumed),
+        transfer=transfer_seconds(config, ends, world_size, gpu, assumed),
         refit=refit_seconds(config, world_size - count, world_size, gpu, assumed),
         hidden=min(train.total, rollout + teacher),
     )
@@ -157,13 +159,18 @@ def generator_seconds(config: Config, count: int, gpu: Gpu, assumed: Assumptions
     return rollout, (passes + layout.pipeline - 1) * one
 
 
-def transfer_seconds(config: Config, num_trainers: int, world_size: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """The teacher's hidden states for a rank of the student's last stage."""
+def transfer_seconds(config: Config, ends: int, world_size: int, gpu: Gpu, assumed: Assumptions) -> float:
+    """The teacher's hidden states, which ``ends`` ranks share in sending or receiving."""
     if config.teacher is None:
         return 0.0
-    layout = student_layout(trainers_of(config), num_trainers)
-    rows = config.training.global_batch_size * lengths(config, assumed).response / layout.replicas / layout.tensor
+    rows = config.training.global_batch_size * lengths(config, assumed).response / ends
     return rows * config.teacher.hidden_size * element_bytes(config) / _link(world_size, gpu, assumed)
+
+
+def receiving_ranks(config: Config, num_trainers: int) -> int:
+    """Those of the student's last stage."""
+    layout = student_layout(trainers_of(config), num_trainers)
+    return layout.replicas * layout.tensor
 
 
 def _link(world_size: int, gpu: Gpu, assumed: Assumptions) -> float:

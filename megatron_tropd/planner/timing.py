@@ -55,8 +55,13 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """The largest part."""
-        return max(self._parts(), key=lambda name: float(getattr(self, name)))
+        """The largest part, of two sides one that the other does not hide."""
+        parts = self._parts()
+        if self.hidden:
+            sides = ("rollout", "teacher"), ("student", "bubble", "gradients", "optimizer")
+            quicker = min(sides, key=lambda side: sum(float(getattr(self, name)) for name in side))
+            parts = [name for name in parts if name not in quicker]
+        return max(parts, key=lambda name: float(getattr(self, name)))
 
     def _parts(self) -> list[str]:
         return [field.name for field in fields(self) if field.name != "hidden"]
@@ -201,7 +206,7 @@ def decoding(config: Config, does: Generation, layout: Sizes) -> Decoding:
 
 
 def rollout_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
-    """Prefill, as if no prompt were shared, and ``decoding``; for one step of those that share a generation.
+    """Prefill, as if no prompt were shared, and ``decoding``.
 
     A decoded token costs the longer of reading weights and cache, and the products; the launch overhead of the engine
     that ``auto`` chooses on a GPU (or the one asked for) and two all-reduces for every layer. Pipeline stages follow
@@ -226,7 +231,7 @@ def rollout_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumption
     launch = assumed.decode_layer_overhead if has_graphs else assumed.eager_layer_overhead
     reduce = all_reduce_seconds(decodes.rows * model.hidden_size * e, layout.tensor, gpu.nvlink, assumed)
     token = max(load, multiply) + model.num_layers * (launch + 2 * reduce)
-    return (prefill + decodes.steps * token) / does.steps
+    return prefill + decodes.steps * token
 
 
 def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
