@@ -113,13 +113,9 @@ def _implied_world_size(config: Config, command: str) -> int:
 
 def check(config: Config, world_size: int) -> Findings:
     """Every check of `train` that needs no process group: sizes, tokenizer, prompts, answers, weights, folders."""
-    found = Findings(problems=problems(config, world_size, "train"))
-    _check_writable("output_dir", Path(config.output_dir), found)
-    tokenizers: list[Tokenizer] = []
-    with found.collect():
-        tokenizers.extend(build_tokenizers(config.tokenizer))
-    if not tokenizers:
-        return found  # files of text cannot be read without
+    found, tokenizers = _begin(config, world_size, "train")
+    if tokenizers is None:
+        return found
     tokenizer, teacher_tokenizer = tokenizers
     _check_data(config, tokenizer, teacher_tokenizer, found)
     legacy = config.training.allow_legacy_checkpoints
@@ -134,12 +130,8 @@ def check(config: Config, world_size: int) -> Findings:
 
 def check_generation(config: Config, world_size: int) -> Findings:
     """The same of `generate`: of the teachers alone, and whether the store can be begun or continued."""
-    found = Findings(problems=problems(config, world_size, "generate"))
-    _check_writable("output_dir", Path(config.output_dir), found)
-    tokenizers: list[Tokenizer] = []
-    with found.collect():
-        tokenizers.extend(build_tokenizers(config.tokenizer))
-    if not tokenizers:
+    found, tokenizers = _begin(config, world_size, "generate")
+    if tokenizers is None:
         return found
     tokenizer, teacher_tokenizer = tokenizers
     with found.collect():
@@ -159,6 +151,15 @@ def check_generation(config: Config, world_size: int) -> Findings:
         check_header(store, answer_header(config, tokenizer), guidance.answers_per_shard)
         found.warnings.append(f"guidance.answers {store} is there: what it lacks is added, and nothing else done")
     return found
+
+
+def _begin(config: Config, world_size: int, command: str) -> tuple[Findings, tuple[Tokenizer, Tokenizer] | None]:
+    """What every command needs, and the student's and the teacher's tokenizer; None: no file of text can be read."""
+    found = Findings(problems=problems(config, world_size, command))
+    _check_writable("output_dir", Path(config.output_dir), found)
+    with found.collect():
+        return found, build_tokenizers(config.tokenizer)
+    return found, None
 
 
 def _teachers(config: Config, tokenizer: Tokenizer) -> list[tuple[str, ModelConfig, Tokenizer]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from megatron_tropd.planner import (
     weight_bytes,
 )
 from megatron_tropd.planner.candidates import in_stages
-from megatron_tropd.planner.hardware import GPUS, Assumptions
+from megatron_tropd.planner.hardware import GPUS, LOCAL_LAYER_OVERHEAD, Assumptions
 from megatron_tropd.planner.layouts import plans
 from megatron_tropd.planner.lengths import Generation, generation, lengths
 from megatron_tropd.planner.parameters import padded_vocabulary
@@ -172,7 +174,32 @@ def test_published_steps_take_little_longer_than_predicted(
     )
     assert problems(run, gpus, "train") == []
     time = job_time(run, gpus, GPUS["H100"], Assumptions(mean_length=mean_tokens / 4096))
-    assert 1 < published / (time.total + time.teacher) < 1.6
+    predicted = time.total + time.teacher
+    assert 1 < published / predicted < 1.6
+    said = f"| {published:g} s | {predicted:.3g} s | {published / predicted:.2f} |"
+    assert said in Path("docs/scaling.md").read_text(), said
+
+
+def test_the_predictions_beside_the_measured_step_are_the_planners(tmp_path: Path) -> None:
+    """benchmarks/one_gpu.md, whose run is `tools/bench_one_gpu.py` with these sizes on an H200 without Transformer
+    Engine."""
+    from megatron_tropd.config_parser import load_config
+    from tools.bench_one_gpu import write_config
+
+    sizes = Namespace(
+        student="qwen3-0.6b", teacher="qwen3-1.7b", steps=5, prompts=16, samples=8, prompt_length=256,
+        response_length=256, micro_batch_size=8,
+    )  # fmt: skip
+    path, assumed = (
+        write_config(tmp_path, sizes),
+        Assumptions(mean_length=1.0, training_layer_overhead=LOCAL_LAYER_OVERHEAD),
+    )
+    text = Path("benchmarks/one_gpu.md").read_text()
+    for overrides, table in zip(([], ["--rollout.engine=static"]), text.split("rollout.engine=static`:"), strict=True):
+        time = step_time(load_config(path, overrides), 1, GPUS["H200"], assumed)
+        rows = {"rollout": time.rollout, "teacher": time.teacher, "student, forward and backward": time.student}
+        for name, seconds in rows.items():
+            assert re.search(rf"\| {name} \| [\d.]+ s \| {seconds:.3g} s \|", table), (name, seconds)
 
 
 def test_dynamic_batching_waits_for_the_longest_once() -> None:

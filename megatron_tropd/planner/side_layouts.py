@@ -26,6 +26,7 @@ from megatron_tropd.planner.sides import (
     refit_seconds,
     trainer_memory,
     trainer_time,
+    trainers_evaluate,
     transfer_seconds,
 )
 
@@ -168,7 +169,7 @@ class _SideSearch:
 
     def _evaluation_rows(self, config: Config, count: int) -> float:
         """The most that the engine may have on the ranks that train; 0 where they do not fit at all."""
-        evaluates = config.data.validation is not None or bool(config.evaluation.files)
+        evaluates = trainers_evaluate(config)
         for rows in engine_batches(in_flight(config)) if evaluates else (1,):
             sized = replace(config, rollout=replace(config.rollout, max_batch_size=rows))
             if self._fits(trainer_memory(sized, count)):

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 from megatron_tropd.config import Config
+from megatron_tropd.config_model_checks import one_stage
 from megatron_tropd.config_sides import num_generators
 from megatron_tropd.planner.activations import LayerSpec
 from megatron_tropd.planner.hardware import Assumptions, Gpu
@@ -17,7 +18,7 @@ from megatron_tropd.planner.lengths import lengths
 from megatron_tropd.planner.memory import RankMemory, copy_bytes, element_bytes, micro_batch_rows, rank_memory
 from megatron_tropd.planner.parameters import padded_vocabulary
 from megatron_tropd.planner.sizes import rollout_layout, student_layout, teacher_layout
-from megatron_tropd.planner.timing import StepTime, micro_batch_seconds, rollout_seconds, step_time
+from megatron_tropd.planner.timing import StepTime, link_between, micro_batch_seconds, rollout_seconds, step_time
 
 
 def trainers_of(config: Config) -> Config:
@@ -46,8 +47,7 @@ def generators_of(config: Config) -> Config:
         teacher_hidden="device",
     )
     optimizer = replace(config.optimizer, optimizer_cpu_offload=False)
-    student = replace(config.student, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None)
-    return _one_side(replace(config, parallel=own, student=student, optimizer=optimizer))
+    return _one_side(replace(config, parallel=own, student=one_stage(config.student), optimizer=optimizer))
 
 
 def _one_side(config: Config) -> Config:
@@ -73,7 +73,7 @@ def trainer_memory(
 ) -> dict[str, RankMemory]:
     """``rank_memory`` of the ranks that train."""
     trainers = trainers_of(config)
-    evaluates = config.data.validation is not None or bool(config.evaluation.files)
+    evaluates = trainers_evaluate(config)
     last_stage = f"stage {student_layout(trainers, num_trainers).pipeline - 1}"
     return {
         name: replace(
@@ -85,6 +85,11 @@ def trainer_memory(
         )
         for name, memory in rank_memory(trainers, num_trainers, layer_spec=layer_spec).items()
     }
+
+
+def trainers_evaluate(config: Config) -> bool:
+    """Whether the ranks that train generate all the same, for evaluations."""
+    return config.data.validation is not None or bool(config.evaluation.files)
 
 
 def generator_memory(
@@ -175,4 +180,4 @@ def receiving_ranks(config: Config, num_trainers: int) -> int:
 
 def _link(world_size: int, gpu: Gpu, assumed: Assumptions) -> float:
     """Bytes/s between a rank of one side and a rank of the other."""
-    return (gpu.nvlink if world_size <= gpu.per_node else gpu.network) * assumed.network_efficiency
+    return link_between(world_size, gpu) * assumed.network_efficiency

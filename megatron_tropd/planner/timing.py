@@ -96,7 +96,7 @@ def step_time(config: Config, world_size: int, gpu: Gpu, assumed: Assumptions) -
         gradients=gradients,
         optimizer=optimizer,
         transfer=_transfer_seconds(config, student, teacher, gpu, assumed),
-        refit=copy_bytes(config) / (_link(student, gpu) * assumed.network_efficiency) / shared_by,
+        refit=copy_bytes(config) / (link_between(student.world, gpu) * assumed.network_efficiency) / shared_by,
     )
 
 
@@ -136,7 +136,7 @@ def micro_batch_seconds(
     products = max(flops) / (layout.tensor * layout.context) / (gpu.flops * assumed.matrix_efficiency)
     compute = passes * max(products, layers * assumed.training_layer_overhead)
     hidden = tokens / layout.context * model.hidden_size * element_bytes(config)
-    link = _link(layout, gpu) * assumed.network_efficiency
+    link = link_between(layout.world, gpu) * assumed.network_efficiency
     num_reductions = layers * rounds / (1 if model.num_moe_experts is None else 2)
     reduce = num_reductions * all_reduce_seconds(hidden, layout.tensor, gpu.nvlink, assumed)
     # Keys and values: gathered in every forward, their gradients reduce-scattered once.
@@ -161,14 +161,14 @@ def expert_dispatch_seconds(model: ModelConfig, hidden: float, layout: Sizes, gp
         return 0.0
     shared_by = layout.experts_shared_by or 1
     spread = layout.experts // shared_by
-    link = gpu.nvlink if layout.experts <= gpu.per_node else gpu.network
+    link = link_between(layout.experts, gpu)
     sent = hidden / layout.tensor * model.moe_router_topk * ((spread - 1) / spread + shared_by - 1)
     return sent / (link * assumed.network_efficiency) + (assumed.collective_latency if layout.experts > 1 else 0.0)
 
 
-def _link(layout: Sizes, gpu: Gpu) -> float:
-    """Bytes/s between any two ranks."""
-    return gpu.nvlink if layout.world <= gpu.per_node else gpu.network
+def link_between(num_ranks: int, gpu: Gpu) -> float:
+    """Bytes/s between any two of so many ranks."""
+    return gpu.nvlink if num_ranks <= gpu.per_node else gpu.network
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, link: float, assumed: Assumptions) -> float:
@@ -241,7 +241,7 @@ def _transfer_seconds(config: Config, student: Sizes, teacher: Sizes, gpu: Gpu, 
         return 0.0
     rows = config.training.global_batch_size * lengths(config, assumed).response / student.replicas
     hidden = rows * model.hidden_size * e
-    link = _link(student, gpu)
+    link = link_between(student.world, gpu)
     seconds = hidden / (link * assumed.network_efficiency) if teacher != student else 0.0
     if parallel.teacher_hidden == "host":
         seconds += 2 * hidden / student.tensor / assumed.host_bandwidth
@@ -257,7 +257,7 @@ def _update_seconds(config: Config, layout: Sizes, gpu: Gpu, assumed: Assumption
     if config.lora.rank:
         trained = stage_adapter_parameters(config.student, config.lora, layout.tensor, layout.pipeline)
     count = max(trained)
-    link = _link(layout, gpu)
+    link = link_between(layout.world, gpu)
     moved = (layout.replicas - 1) / layout.replicas * count * (4 + e)
     shards = layout.replicas if config.optimizer.use_distributed_optimizer else 1
     # Gradient and three fp32 values read, three and the weight written.
